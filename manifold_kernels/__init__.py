@@ -1,0 +1,1 @@
+"""Fused Riemannian optimizers for neural-network weights under geometric constraints."""

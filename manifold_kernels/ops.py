@@ -1,0 +1,96 @@
+"""The operator contract: one schema, implemented by every backend.
+
+``step_`` takes a whole optimizer one step further. The lists run over the optimizer's parameters, in order:
+
+* ``params``: the weights ``W``, written.
+* ``grads``: their gradients ``G``, or ``None`` for a parameter that is skipped. Never written.
+* ``momenta``: ``M`` ([FG] Eq. 31), ``u`` ([PSI] Eq. 11) or ``tau`` (SGD-G, Adam-G), written; shape, strides and dtype
+  of the weight. An empty tensor where there is no momentum.
+* ``variances``: Adam-G's scalar per component, float32 (float64 for float64), written; else an empty tensor.
+* ``steps``: int64 ``(parameters,)``, incremented where there is a gradient. At 0 the momentum buffers are not read: the
+  step is the first (``M = G``, as in torch).
+* ``nonfinite``: int64 ``(parameters,)``, incremented by the number of components that were left as they were since
+  their new momentum was not finite. Euclidean groups write such values through, as torch does.
+* ``groups``, ``components``, ``scales``: the :class:`~manifold_kernels.plan.Plan`. ``hyper``: float64
+  ``(parameter groups, len(HYPER_COLUMNS))``.
+
+Everything but the weights, gradients and states lies on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SCHEMA = (
+    "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
+    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper) -> ()"
+)
+
+Step = Callable[
+    [Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    None,
+]
+
+_library = torch.library.Library("manifold_kernels", "DEF")
+_library.define(SCHEMA)
+
+
+@torch.library.register_fake("manifold_kernels::step_", lib=_library)
+def _step_fake(*args: object) -> None:
+    return None
+
+
+@lru_cache(maxsize=1)
+def extension_error() -> str | None:
+    """Why the compiled extension cannot be used, or ``None`` where it is loaded."""
+    try:
+        importlib.import_module("manifold_kernels._C")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _warn_reference() -> None:
+    warnings.warn(
+        f"manifold_kernels: the compiled CPU kernels are not there ({extension_error()}); steps run on the much slower "
+        "reference backend. Build them with `pip install --no-build-isolation .` and a C++ compiler.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend, with the reason why it cannot be used here (``None``: it can)."""
+    return {"cpu": extension_error(), "reference": None}
+
+
+def resolve(backend: str, device: torch.device) -> Step:
+    """The step of ``backend`` (``"auto"``: ``MANIFOLD_KERNELS_BACKEND`` or the fastest for ``device``)."""
+    known = backends()
+    if backend == "auto":
+        backend = os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto")
+    if backend == "auto":
+        backend = "cpu" if device.type == "cpu" else "reference"
+        if known[backend] is not None:
+            _warn_reference()
+            backend = "reference"
+    if backend not in known:
+        raise ValueError(f"backend: wanted 'auto' or one of {list(known)}, got {backend!r}.")
+    if known[backend] is not None:
+        raise RuntimeError(f"backend: {backend!r} cannot be used here: {known[backend]}")
+    if backend == "reference":
+        from manifold_kernels.reference import step_
+
+        return step_
+    if device.type != "cpu":
+        raise ValueError(f"backend: {backend!r} needs parameters on the CPU, got {device}. Use backend='reference'.")
+    step: Step = torch.ops.manifold_kernels.step_.default
+    return step
