@@ -1,0 +1,191 @@
+#include "cpu/driver.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "cpu/job_rules.h"
+
+namespace mk {
+namespace {
+
+enum class Engine { elements, lanes, vectors };
+
+// Columns up to this long are worth a lane each; longer ones fill registers by themselves.
+constexpr int64_t short_column = 32;
+
+Engine engine_of(const Job& job) {
+  const Geometry& g = *job.geometry;
+  switch (job.manifold) {
+    case ManifoldCode::euclidean:
+      return Engine::elements;
+    case ManifoldCode::sphere:
+      return g.elements() <= short_vector ? Engine::lanes : Engine::vectors;
+    case ManifoldCode::oblique:
+      return g.elements() <= short_vector || (g.n <= short_column && g.elements() <= lane_elements) ? Engine::lanes
+                                                                                                    : Engine::vectors;
+    case ManifoldCode::stiefel:
+      return Engine::lanes;
+    default:
+      return Engine::vectors;
+  }
+}
+
+int64_t vectors_per_component(const Job& job) { return job.manifold == ManifoldCode::oblique ? job.geometry->p : 1; }
+
+// Elements of a piece of work: its boundaries, and so the order of every sum, depend on nothing else.
+constexpr int64_t chunk_elements = 1 << 14;
+// Groups up to here are stepped by one thread in one piece, both passes, while they are in its cache.
+constexpr int64_t small_group_elements = 1 << 15;
+// Work below this is not worth waking threads for.
+constexpr int64_t serial_elements = 1 << 14;
+
+struct Task {
+  int job;
+  int64_t begin, end;
+  bool first_of_two;  // a piece of a large group, which needs the sum of all pieces for its second pass
+  int64_t cost;
+};
+
+struct Work {
+  Engine engine;
+  std::vector<VectorState> states;
+  std::vector<uint8_t> skipped;
+  double square = 0, step = 0;
+  int64_t nonfinite = 0;
+};
+
+// Tasks in near-equal shares of cost, one share a thread; f(task, scratch).
+template <class F>
+void in_parallel(const std::vector<Task>& tasks, size_t scratch_bytes, const F& f) {
+  if (tasks.empty()) return;
+  std::vector<int64_t> cost_before(tasks.size() + 1, 0);
+  for (size_t i = 0; i < tasks.size(); i++) cost_before[i + 1] = cost_before[i] + tasks[i].cost;
+  const int64_t total = cost_before.back();
+  const int64_t shares = total <= serial_elements ? 1 : std::min<int64_t>(at::get_num_threads(), int64_t(tasks.size()));
+  at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+    const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
+    const auto begin = std::lower_bound(cost_before.begin(), cost_before.end(), total * from / shares);
+    const auto end = std::lower_bound(cost_before.begin(), cost_before.end(), total * to / shares);
+    const size_t last = to == shares ? tasks.size() : size_t(end - cost_before.begin());
+    for (size_t i = size_t(begin - cost_before.begin()); i < last; i++) f(tasks[i], i, scratch.get());
+  });
+}
+
+}  // namespace
+
+const char* instruction_set() {
+  static const std::string name = [] {
+#if defined(__x86_64__)
+    const std::string torch_uses = at::get_cpu_capability();
+    if (torch_uses == "AVX512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return "avx512";
+    if (torch_uses == "AVX512" || torch_uses == "AVX2") return "avx2";
+#endif
+    return "baseline";
+  }();
+  return name.c_str();
+}
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const Kernels& chosen = instruction_set() == std::string("avx512") ? kernels_avx512
+                                 : instruction_set() == std::string("avx2") ? kernels_avx2
+                                                                            : kernels_baseline;
+  return chosen;
+#else
+  return kernels_baseline;
+#endif
+}
+
+bool has_kernel(const Job& job) {
+  return job.manifold != ManifoldCode::stiefel || job.geometry->elements() <= lane_elements;
+}
+
+std::vector<int64_t> run(const std::vector<Job>& jobs) {
+  const Kernels& k = kernels();
+  std::vector<Work> work(jobs.size());
+  std::vector<Task> tasks, second_tasks;
+  size_t scratch_bytes = 0;
+
+  for (int j = 0; j < int(jobs.size()); j++) {
+    const Job& job = jobs[j];
+    Work& w = work[j];
+    w.engine = engine_of(job);
+    const int64_t elements = job.geometry->elements();
+    const bool one_piece = job.geometry->count == 1 && w.engine == Engine::elements && job.geometry->dense;
+    const int64_t units = one_piece ? elements : job.count;  // what a chunk is counted in
+    const int64_t unit_elements = one_piece ? 1 : elements;
+    // A multiple of every register's lanes, so that only the last chunk has a partial block.
+    int64_t chunk = (chunk_elements / std::max<int64_t>(unit_elements, 1) + 15) / 16 * 16;
+    if (w.engine == Engine::vectors) {
+      chunk = std::max<int64_t>(1, chunk_elements / elements);
+      const int64_t length = job.manifold == ManifoldCode::oblique ? job.geometry->n : elements;
+      const size_t number = job.storage == Storage::float64 ? sizeof(double) : sizeof(float);
+      scratch_bytes = std::max(scratch_bytes, size_t(vector_scratch * length) * number);
+      if (job.rule == Rule::fg_sgd) w.states.resize(size_t(job.count * vectors_per_component(job)));
+    }
+    const bool shared = job.manifold != ManifoldCode::euclidean && job.rule == Rule::fg_sgd && !job.individual;
+    if (shared && w.engine == Engine::lanes) w.skipped.resize(size_t(job.count));
+    const bool in_one = shared && job.count * elements <= small_group_elements;
+    for (int64_t begin = 0; begin < units; begin += chunk) {
+      const int64_t end = in_one ? units : std::min(units, begin + chunk);
+      const Task task{j, begin, end, shared && !in_one, (end - begin) * unit_elements};
+      tasks.push_back(task);
+      if (task.first_of_two) second_tasks.push_back(task);
+      if (in_one) break;
+    }
+  }
+
+  const auto first = [&](const Task& t, Partial* out, char* scratch) {
+    Work& w = work[t.job];
+    if (w.engine == Engine::lanes) k.lanes_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
+    if (w.engine == Engine::vectors) k.vectors_first(jobs[t.job], t.begin, t.end, out, w.states.data(), scratch);
+  };
+  const auto second = [&](const Task& t, char* scratch) {
+    Work& w = work[t.job];
+    const uint8_t* skipped = w.nonfinite ? w.skipped.data() : nullptr;
+    if (w.engine == Engine::lanes) k.lanes_second(jobs[t.job], t.begin, t.end, w.step, skipped);
+    if (w.engine == Engine::vectors) k.vectors_second(jobs[t.job], t.begin, t.end, w.step, w.states.data(), scratch);
+  };
+
+  std::vector<Partial> partials(tasks.size(), Partial{0, 0});
+  in_parallel(tasks, scratch_bytes, [&](const Task& t, size_t i, char* scratch) {
+    const Job& job = jobs[t.job];
+    Work& w = work[t.job];
+    const bool shared = job.manifold != ManifoldCode::euclidean && job.rule == Rule::fg_sgd && !job.individual;
+    if (w.engine == Engine::elements) {
+      k.euclidean(job, t.begin, t.end);
+    } else if (t.first_of_two) {
+      first(t, &partials[i], scratch);
+    } else if (shared) {
+      first(t, &partials[i], scratch);
+      w.nonfinite = partials[i].nonfinite;
+      w.step = step_size_of<double>(job)(partials[i].square);
+      second(t, scratch);
+    } else if (w.engine == Engine::lanes) {
+      k.lanes_whole(job, t.begin, t.end, &partials[i]);
+    } else {
+      k.vectors_whole(job, t.begin, t.end, &partials[i], w.states.data(), scratch);
+    }
+  });
+
+  // In the order of the chunks, whatever thread had them.
+  std::vector<int64_t> nonfinite(jobs.size(), 0);
+  for (size_t i = 0; i < tasks.size(); i++) {
+    work[tasks[i].job].square += partials[i].square;
+    nonfinite[tasks[i].job] += partials[i].nonfinite;
+  }
+  for (size_t j = 0; j < jobs.size(); j++) {
+    work[j].nonfinite = nonfinite[j];
+    work[j].step = step_size_of<double>(jobs[j])(work[j].square);
+  }
+  in_parallel(second_tasks, scratch_bytes, [&](const Task& t, size_t, char* scratch) { second(t, scratch); });
+  return nonfinite;
+}
+
+}  // namespace mk

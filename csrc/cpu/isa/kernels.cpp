@@ -1,0 +1,62 @@
+// The kernels of one instruction set: its table, element-wise steps and long vectors. setup.py compiles this folder once for
+// each instruction set, with MK_ISA naming it.
+#include "cpu/euclidean.h"
+#include "cpu/pass.h"
+#include "cpu/vectors.h"
+
+namespace mk {
+namespace MK_ISA {
+namespace {
+
+// Calls f with a value of the job's arithmetic type.
+template <class F>
+void with_arithmetic(const Job& job, const F& f) {
+  if (job.storage == Storage::float64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+void euclidean(const Job& job, int64_t begin, int64_t end) {
+  with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).step(begin, end); });
+}
+
+void run_lanes(const Job& job, const Pass& pass) {
+  if (!run_fixed_size(job, pass)) run_any_size(job, pass);
+}
+
+void lanes_whole(const Job& job, int64_t begin, int64_t end, Partial* out) {
+  run_lanes(job, {Pass::whole, begin, end, out, nullptr, 0, nullptr});
+}
+
+void lanes_first(const Job& job, int64_t begin, int64_t end, Partial* out, uint8_t* skipped) {
+  run_lanes(job, {Pass::first, begin, end, out, skipped, 0, nullptr});
+}
+
+void lanes_second(const Job& job, int64_t begin, int64_t end, double step, const uint8_t* skipped) {
+  run_lanes(job, {Pass::second, begin, end, nullptr, nullptr, step, skipped});
+}
+
+void vectors_whole(const Job& job, int64_t begin, int64_t end, Partial* out, VectorState* states, void* scratch) {
+  with_arithmetic(job, [&](auto r) { Vectors<decltype(r)>(job, scratch).whole(begin, end, out, states); });
+}
+
+void vectors_first(const Job& job, int64_t begin, int64_t end, Partial* out, VectorState* states, void* scratch) {
+  with_arithmetic(job, [&](auto r) { Vectors<decltype(r)>(job, scratch).first(begin, end, out, states); });
+}
+
+void vectors_second(const Job& job, int64_t begin, int64_t end, double step, const VectorState* states, void* scratch) {
+  with_arithmetic(job, [&](auto r) { Vectors<decltype(r)>(job, scratch).second(begin, end, step, states); });
+}
+
+}  // namespace
+}  // namespace MK_ISA
+
+#define MK_TABLE_NAME(isa) kernels_##isa
+#define MK_TABLE(isa) MK_TABLE_NAME(isa)
+extern const Kernels MK_TABLE(MK_ISA);
+const Kernels MK_TABLE(MK_ISA) = {MK_ISA::euclidean,     MK_ISA::lanes_whole,   MK_ISA::lanes_first,   MK_ISA::lanes_second,
+                                  MK_ISA::vectors_whole, MK_ISA::vectors_first, MK_ISA::vectors_second};
+
+}  // namespace mk

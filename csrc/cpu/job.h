@@ -1,0 +1,101 @@
+// What the driver hands to the kernels of an instruction set: plain structs, so that code compiled for one instruction
+// set shares no inline function with code compiled for another.
+#pragma once
+
+#include <cstdint>
+
+namespace mk {
+
+enum class Rule : int64_t { fg_sgd = 0, psi_sgd = 1, sgd_g = 2, adam_g = 3 };
+enum class ManifoldCode : int64_t { euclidean = 0, sphere = 1, oblique = 2, stiefel = 3, scale_invariant = 4, grassmann = 5 };
+enum class Retraction : int64_t { add = 0, projection = 1, qr = 2, polar = 3, cayley = 4, exp = 5 };
+enum class View : int64_t { kernel = 0, filter = 1, matrix = 2, flat = 3 };
+
+// Storage types; arithmetic is double for float64 and float for the others.
+enum class Storage { float32, float64, bfloat16, float16 };
+
+struct Hyper {
+  double lr, momentum, dampening, weight_decay, nesterov, maximize, rho, curvature, guard, clip, beta2, eps;
+};
+
+constexpr int max_dims = 8;
+
+// A parameter's elements: `batch` dimensions run over components, the others over the elements of one, rows (n) before
+// columns (p). Weight and momentum share strides; the gradient may have others.
+struct Geometry {
+  int batch_dims, row_dims, dims;
+  int64_t size[max_dims], weight_stride[max_dims], grad_stride[max_dims];  // batch dimensions first
+  int64_t count, n, p;
+  int64_t elements() const { return n * p; }
+  // One component's elements without gaps, weight and gradient in the same order: it can be walked with stride 1.
+  bool dense;
+  // The same for one column (n elements), of which column j starts at j times the column strides.
+  bool dense_columns;
+};
+
+// One group of the plan over one parameter.
+struct Job {
+  void* weight;
+  const void* grad;
+  void* momentum;   // null without a buffer
+  void* variance;   // Adam-G
+  Storage storage;
+  const Geometry* geometry;
+  const int64_t* weight_offset;  // element e of a component, in matrix order: for n p <= lane_elements
+  const int64_t* grad_offset;
+  bool weight_in_order, grad_in_order;  // offset[e] == e
+  const int64_t* listed;  // component numbers, or null for first, first + 1, …
+  int64_t first, count;
+  const double* scales;
+  int64_t scale_stride;
+  Rule rule;
+  ManifoldCode manifold;
+  Retraction retraction;
+  Hyper hyper;
+  bool individual, bounded, first_step;
+  int64_t step;  // steps taken before this one
+
+  int64_t component(int64_t k) const { return listed ? listed[k] : first + k; }
+  double scale(int64_t k) const { return scales[k * scale_stride]; }
+};
+
+// Up to here a component is one lane of a register (lanes.h); longer vectors have their elements in lanes (vectors.h).
+constexpr int64_t lane_elements = 256;
+constexpr int64_t short_vector = 64;
+
+constexpr int vector_scratch = 4;
+
+// What the first pass over a chunk of a group leaves for the second.
+struct Partial {
+  double square;      // sum of ||xi||^2
+  int64_t nonfinite;  // components left as they are
+};
+
+// Sums of one long vector, kept between the passes of a shared group.
+struct VectorState {
+  double qq, qm, square;  // <q,q>, <q,m>, ||xi||^2 on the unit sphere
+  bool skipped, wide;
+};
+
+struct Kernels {
+  // W <- W - lr d over elements [begin, end) of a flat job, or over all elements of components [begin, end).
+  void (*euclidean)(const Job&, int64_t begin, int64_t end);
+  // Small matrices, components [begin, end). individual: the whole step. Otherwise first the momentum and the sum of
+  // squares, then, with lr / tau, the retraction. skipped: one byte per component of the job, in and out (null where individual).
+  void (*lanes_whole)(const Job&, int64_t begin, int64_t end, Partial*);
+  void (*lanes_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* skipped);
+  void (*lanes_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);
+  // Long vectors: the columns of oblique components, else whole components. Components [begin, end); `states` has one
+  // entry a vector of the job; `scratch` has vector_scratch arrays of a vector's length in the arithmetic type.
+  void (*vectors_whole)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
+  void (*vectors_first)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
+  void (*vectors_second)(const Job&, int64_t begin, int64_t end, double step, const VectorState* states, void* scratch);
+};
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace mk

@@ -1,0 +1,136 @@
+#include "cpu/library.h"
+
+#include <ATen/ATen.h>
+
+#include "cpu/job_rules.h"
+
+namespace mk {
+namespace {
+
+// The job's geometry as a strided view (batch..., n..., p...).
+at::Tensor strided(const Geometry& g, const at::Tensor& tensor, const int64_t* stride) {
+  return tensor.as_strided(at::IntArrayRef(g.size, g.dims), at::IntArrayRef(stride, g.dims));
+}
+
+// All components as a batch (count, n, p), and back.
+at::Tensor batch_of(const Geometry& g, const at::Tensor& tensor, const int64_t* stride) {
+  return strided(g, tensor, stride).reshape({g.count, g.n, g.p});
+}
+
+at::Tensor members(const Job& job) {
+  const auto options = at::TensorOptions().dtype(at::kLong);
+  if (!job.listed) return at::arange(job.first, job.first + job.count, options);
+  return at::from_blob(const_cast<int64_t*>(job.listed), {job.count}, options);
+}
+
+// The components `which` of tensor become `batch`.
+void write_back(const Job& job, at::Tensor& tensor, const at::Tensor& which, const at::Tensor& batch) {
+  const Geometry& g = *job.geometry;
+  at::Tensor all = batch_of(g, tensor, g.weight_stride);
+  all = all.index_copy(0, which, batch.to(tensor.scalar_type()));
+  at::Tensor view = strided(g, tensor, g.weight_stride);
+  view.copy_(all.reshape(view.sizes()));
+}
+
+at::Tensor polar_factor(const at::Tensor& Y) {
+  const auto [U, S, Vh] = at::linalg_svd(Y, false);
+  return U.matmul(Vh);
+}
+
+// qf(Q + V). A Gram matrix of condition <= 1 + ||V||^2 makes a Cholesky factor as accurate as rotations as long as the step
+// is short; longer steps take LAPACK's Householder reflections.
+at::Tensor qf(const at::Tensor& Y, double longest) {
+  if (longest <= 3) {
+    const auto [L, info] = at::linalg_cholesky_ex(Y.mT().matmul(Y));
+    if (info.eq(0).all().item<bool>()) return at::linalg_solve_triangular(L.mT(), Y, /*upper=*/true, /*left=*/false);
+  }
+  const auto [Q, R] = at::linalg_qr(Y);
+  const at::Tensor diagonal = R.diagonal(0, -2, -1);
+  return Q * at::where(diagonal < 0, -at::ones_like(diagonal), at::ones_like(diagonal)).unsqueeze(-2);
+}
+
+// The formulas of manifolds/stiefel.h on batches.
+at::Tensor cayley(const at::Tensor& Q, const at::Tensor& V) {
+  const at::Tensor PV = V - Q.matmul(Q.mT().matmul(V)) / 2;
+  const at::Tensor U = at::cat({PV, Q}, -1), Z = at::cat({Q, -PV}, -1);
+  const at::Tensor K = at::eye(U.size(-1), U.options()) - Z.mT().matmul(U) / 2;
+  return polar_factor(Q + U.matmul(at::linalg_solve(K, Z.mT().matmul(Q))));
+}
+
+at::Tensor exponential(const at::Tensor& Q, const at::Tensor& V) {
+  const int64_t p = Q.size(-1);
+  const at::Tensor QV = Q.mT().matmul(V), A = (QV - QV.mT()) / 2;
+  const at::Tensor I = at::eye(p, Q.options()).expand_as(A);
+  const at::Tensor block = at::cat({at::cat({A, -V.mT().matmul(V)}, -1), at::cat({I, A}, -1)}, -2);
+  const at::Tensor E = at::linalg_matrix_exp(block).narrow(-1, 0, p);
+  return polar_factor(at::cat({Q, V}, -1).matmul(E).matmul(at::linalg_matrix_exp(-A)));
+}
+
+}  // namespace
+
+int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, at::Tensor momentum) {
+  const Geometry& g = *job.geometry;
+  const auto arithmetic = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor which = members(job);
+  const auto take = [&](const at::Tensor& tensor, const int64_t* stride) {
+    return batch_of(g, tensor, stride).index_select(0, which).to(arithmetic);
+  };
+
+  at::Tensor d = take(grad, g.grad_stride);
+  if (job.hyper.maximize != 0) d = -d;
+  at::Tensor usable = d.isfinite().flatten(1).all(1);
+  at::Tensor buffer, old;
+  if (momentum.defined()) {
+    old = take(momentum, g.weight_stride);
+    buffer = job.first_step ? d : (old * job.hyper.momentum).add(d, 1 - job.hyper.dampening);
+    buffer = buffer.to(weight.scalar_type()).to(arithmetic);
+    usable = usable.logical_and(buffer.isfinite().flatten(1).all(1));
+    d = job.hyper.nesterov != 0 ? d.add(buffer, job.hyper.momentum) : buffer;
+  }
+  const at::Tensor column = usable.view({-1, 1, 1});
+  // Directions of length about one, so that no square overflows; their size comes back as a factor in double.
+  const at::Tensor size = at::where(column, d, at::zeros_like(d)).abs().flatten(1).amax(1).to(at::kDouble);
+  const at::Tensor safe = at::where(size > 0, size, at::ones_like(size));
+  d = at::where(column, d, at::zeros_like(d)) / safe.to(arithmetic).view({-1, 1, 1});
+
+  const at::Tensor scales =
+      at::from_blob(const_cast<double*>(job.scales), {job.scale_stride ? job.count : 1}, at::TensorOptions().dtype(at::kDouble))
+          .expand({job.count});
+  const at::Tensor s = scales.to(arithmetic).view({-1, 1, 1});
+  const at::Tensor W = take(weight, g.weight_stride), Q = W / s;
+  const at::Tensor QD = Q.mT().matmul(d);
+  const at::Tensor xi = d - Q.matmul(QD + QD.mT()) / 2;
+
+  const StepSize<double> step_size = step_size_of<double>(job);
+  at::Tensor squares = xi.to(at::kDouble).square().flatten(1).sum(1) * safe.square();
+  at::Tensor factor;
+  if (job.individual) {
+    factor = at::empty_like(squares);
+    for (int64_t k = 0; k < job.count; k++) factor.data_ptr<double>()[k] = step_size(squares.const_data_ptr<double>()[k]);
+  } else {
+    factor = at::full_like(squares, step_size(squares.sum().item<double>()));
+  }
+  const at::Tensor lengths = factor * squares.sqrt() / scales;
+  const double longest = job.count ? lengths.max().item<double>() : 0.0;
+  const at::Tensor V = xi * (-factor * safe / scales).to(arithmetic).view({-1, 1, 1});
+
+  at::Tensor next;
+  switch (job.retraction) {
+    case Retraction::polar:
+      next = polar_factor(Q + V);
+      break;
+    case Retraction::cayley:
+      next = cayley(Q, V);
+      break;
+    case Retraction::exp:
+      next = exponential(Q, V);
+      break;
+    default:
+      next = qf(Q + V, longest);
+  }
+  write_back(job, weight, which, at::where(column, next * s, W));
+  if (momentum.defined()) write_back(job, momentum, which, at::where(column, buffer, old));
+  return job.count - usable.sum().item<int64_t>();
+}
+
+}  // namespace mk

@@ -1,0 +1,169 @@
+// A SIMD register as a lane type. Compiled once per instruction set, in a namespace of its own.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "lane.h"
+
+namespace mk {
+namespace MK_ISA {
+
+using mk::any;
+using mk::cos;
+using mk::fma;
+using mk::select;
+using mk::sin;
+using mk::sqrt;
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+template <class R>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float numbers __attribute__((vector_size(register_bytes)));
+  typedef int32_t mask __attribute__((vector_size(register_bytes)));
+};
+template <>
+struct Vectors<double> {
+  typedef double numbers __attribute__((vector_size(register_bytes)));
+  typedef int64_t mask __attribute__((vector_size(register_bytes)));
+};
+
+template <class R>
+struct Mask {
+  typename Vectors<R>::mask v;
+  MK_FN Mask operator!() const { return {~v}; }
+  MK_FN Mask operator&(Mask o) const { return {v & o.v}; }
+};
+
+template <class R>
+struct Pack {
+  static constexpr int lanes = register_bytes / int(sizeof(R));
+  using Numbers = typename Vectors<R>::numbers;
+  Numbers v;
+
+  Pack() = default;
+  MK_FN Pack(Numbers numbers) : v(numbers) {}
+  template <class Number>
+  MK_FN explicit Pack(Number x) : v(Numbers{} + R(x)) {}
+
+  MK_FN Pack operator-() const { return Pack(-v); }
+  MK_FN friend Pack operator+(Pack a, Pack b) { return Pack(a.v + b.v); }
+  MK_FN friend Pack operator-(Pack a, Pack b) { return Pack(a.v - b.v); }
+  MK_FN friend Pack operator*(Pack a, Pack b) { return Pack(a.v * b.v); }
+  MK_FN friend Pack operator/(Pack a, Pack b) { return Pack(a.v / b.v); }
+  MK_FN friend Mask<R> operator<(Pack a, Pack b) { return {a.v < b.v}; }
+  MK_FN friend Mask<R> operator>(Pack a, Pack b) { return {a.v > b.v}; }
+  MK_FN friend Mask<R> operator<=(Pack a, Pack b) { return {a.v <= b.v}; }
+
+  MK_FN static Pack load(const R* p) {
+    Pack x;
+    __builtin_memcpy(&x.v, p, sizeof(x.v));
+    return x;
+  }
+  MK_FN void store(R* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+template <class R>
+MK_FN Pack<R> fma(Pack<R> a, Pack<R> b, Pack<R> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_fmadd_ps(a.v, b.v, c.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_fmadd_pd(a.v, b.v, c.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm256_fmadd_ps(a.v, b.v, c.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm256_fmadd_pd(a.v, b.v, c.v));
+#else
+  Pack<R> x;
+  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::fma(a.v[l], b.v[l], c.v[l]);
+  return x;
+#endif
+}
+
+template <class R>
+MK_FN Pack<R> sqrt(Pack<R> a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_sqrt_ps(a.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_sqrt_pd(a.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm256_sqrt_ps(a.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm256_sqrt_pd(a.v));
+#else
+  Pack<R> x;
+  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::sqrt(a.v[l]);
+  return x;
+#endif
+}
+
+// One angle per matrix: libm's accurate range reduction costs little beside the rest of an exponential map.
+template <class R>
+MK_FN Pack<R> sin(Pack<R> a) {
+  Pack<R> x;
+  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::sin(a.v[l]);
+  return x;
+}
+template <class R>
+MK_FN Pack<R> cos(Pack<R> a) {
+  Pack<R> x;
+  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::cos(a.v[l]);
+  return x;
+}
+
+template <class R>
+MK_FN Pack<R> select(Mask<R> mask, Pack<R> a, Pack<R> b) {
+  return Pack<R>(mask.v ? a.v : b.v);
+}
+
+template <class R>
+MK_FN bool any(Mask<R> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return _mm512_movepi32_mask((__m512i)mask.v) != 0;
+  if constexpr (sizeof(R) == 8) return _mm512_movepi64_mask((__m512i)mask.v) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask.v) != 0;
+#else
+  bool found = false;
+  for (int l = 0; l < Pack<R>::lanes; l++) found |= mask.v[l] != 0;
+  return found;
+#endif
+}
+
+// Halves of a register of floats as doubles.
+typedef float HalfFloats __attribute__((vector_size(register_bytes / 2)));
+MK_FN Pack<double> lower(Pack<float> a) {
+  HalfFloats half;
+  __builtin_memcpy(&half, &a.v, sizeof(half));
+  return Pack<double>(__builtin_convertvector(half, Pack<double>::Numbers));
+}
+MK_FN Pack<double> upper(Pack<float> a) {
+  HalfFloats half;
+  __builtin_memcpy(&half, reinterpret_cast<const char*>(&a.v) + sizeof(half), sizeof(half));
+  return Pack<double>(__builtin_convertvector(half, Pack<double>::Numbers));
+}
+
+// The sum over lanes in a fixed order.
+template <class R>
+MK_FN double total(Pack<R> a) {
+  double sum = 0;
+  for (int l = 0; l < Pack<R>::lanes; l++) sum += double(a.v[l]);
+  return sum;
+}
+
+}  // namespace MK_ISA
+
+template <class R>
+struct RealOf<MK_ISA::Pack<R>> {
+  using type = R;
+};
+
+}  // namespace mk

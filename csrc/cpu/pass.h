@@ -1,0 +1,23 @@
+// A pass of lanes.h over components [begin, end) of a job.
+#pragma once
+
+#include "cpu/job.h"
+
+namespace mk {
+namespace MK_ISA {
+
+struct Pass {
+  enum Kind { whole, first, second } kind;
+  int64_t begin, end;
+  Partial* out;            // whole, first
+  uint8_t* newly_skipped;  // first: one byte a component of the job
+  double step;             // second: lr / tau
+  const uint8_t* skipped;  // second: null where no component is
+};
+
+// The compilations of lanes.h: sizes known to the compiler, and any size.
+bool run_fixed_size(const Job&, const Pass&);  // false: no such size
+void run_any_size(const Job&, const Pass&);
+
+}  // namespace MK_ISA
+}  // namespace mk

@@ -1,0 +1,174 @@
+// Numbers as they lie in memory: bfloat16 and float16 are converted on load and store, arithmetic is float.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/job.h"
+#include "cpu/pack.h"
+
+namespace mk {
+namespace MK_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The next wider arithmetic type, for what would overflow in this one, and the largest number.
+template <class R>
+struct StorageTraits;
+template <>
+struct StorageTraits<float> {
+  using Wide = double;
+  static constexpr float largest = 3.4028234e38f;
+};
+template <>
+struct StorageTraits<double> {
+  using Wide = long double;
+  static constexpr double largest = 1.7976931348623157e308;
+};
+template <>
+struct StorageTraits<Float16> {
+  static constexpr float largest = 65504.0f;
+};
+
+MK_FN uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+MK_FN float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+MK_FN float real(float x) { return x; }
+MK_FN double real(double x) { return x; }
+MK_FN float real(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+MK_FN float real(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  // Scaling by 2^112 moves the exponent's bias and makes half's denormals normal.
+  const float magnitude = rest >= 0x7c00 ? float_of(0x7f800000 | (rest << 13)) : float_of(rest << 13) * 0x1p112f;
+  return float_of(bits_of(magnitude) | sign);
+}
+
+MK_FN void put(float* p, float x) { *p = x; }
+MK_FN void put(double* p, double x) { *p = x; }
+MK_FN void put(BFloat16* p, float x) {
+  const uint32_t bits = bits_of(x);
+  p->bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
+}
+MK_FN void put(Float16* p, float x) {
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // denormal in half: the sum's last bit is worth 2^-24
+    half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+  }
+  p->bits = uint16_t(half | ((bits >> 16) & 0x8000));
+}
+
+// Whole registers, from and to consecutive elements.
+MK_FN Pack<float> load(const float* p) { return Pack<float>::load(p); }
+MK_FN Pack<double> load(const double* p) { return Pack<double>::load(p); }
+MK_FN void store(float* p, Pack<float> x) { x.store(p); }
+MK_FN void store(double* p, Pack<double> x) { x.store(p); }
+
+typedef uint32_t Words __attribute__((vector_size(register_bytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(register_bytes / 2)));
+
+MK_FN Pack<float> load(const BFloat16* p) {
+  HalfWords half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return Pack<float>((Pack<float>::Numbers)(__builtin_convertvector(half, Words) << 16));
+}
+MK_FN void store(BFloat16* p, Pack<float> x) {
+  const Words bits = (Words)x.v;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words nan = Words{} + 0x7fc0;
+  const HalfWords half = __builtin_convertvector(x.v == x.v ? rounded : nan, HalfWords);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+MK_FN Pack<float> load(const Float16* p) {
+#if defined(__AVX512F__)
+  return Pack<float>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__F16C__)
+  return Pack<float>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#else
+  Pack<float> x;
+  for (int l = 0; l < Pack<float>::lanes; l++) x.v[l] = real(p[l]);
+  return x;
+#endif
+}
+MK_FN void store(Float16* p, Pack<float> x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int l = 0; l < Pack<float>::lanes; l++) put(p + l, x.v[l]);
+#endif
+}
+
+// Calls f with a value of the storage type; R, the arithmetic type, narrows the choice.
+template <class R, class F>
+MK_FN void with_storage(Storage storage, const F& f) {
+  if constexpr (sizeof(R) == 8) {
+    f(double{});
+  } else {
+    switch (storage) {
+      case Storage::bfloat16:
+        return f(BFloat16{});
+      case Storage::float16:
+        return f(Float16{});
+      default:
+        return f(float{});
+    }
+  }
+}
+
+// What storing x and loading it again gives.
+template <class R>
+MK_FN Pack<R> as_stored(Storage storage, Pack<R> x) {
+  if constexpr (sizeof(R) == 4) {
+    if (storage == Storage::float32) return x;
+    with_storage<R>(storage, [&](auto s) {
+      decltype(s) memory[Pack<R>::lanes];
+      store(memory, x);
+      x = load(memory);
+    });
+  }
+  return x;
+}
+template <class R>
+MK_FN R as_stored(Storage storage, R x) {
+  with_storage<R>(storage, [&](auto s) {
+    put(&s, x);
+    x = real(s);
+  });
+  return x;
+}
+
+// One element.
+template <class R>
+MK_FN R get(Storage storage, const void* base, int64_t offset) {
+  R x;
+  with_storage<R>(storage, [&](auto s) { x = real(static_cast<const decltype(s)*>(base)[offset]); });
+  return x;
+}
+template <class R>
+MK_FN void set(Storage storage, void* base, int64_t offset, R x) {
+  with_storage<R>(storage, [&](auto s) { put(static_cast<decltype(s)*>(base) + offset, x); });
+}
+
+}  // namespace MK_ISA
+}  // namespace mk

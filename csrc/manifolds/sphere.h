@@ -1,0 +1,68 @@
+// The unit sphere: points q, ambient m, tangent xi; vectors of any length. Scale is the caller's (q = w/s, v = V/s).
+#pragma once
+
+#include "linalg/small_matrix.h"
+#include "lane.h"
+
+namespace mk::sphere {
+
+// xi = m - q <q, m>, elementwise with qm = <q, m>.
+template <class T>
+MK_FN T rgrad(T q, T m, T qm) {
+  return fma(-qm, q, m);
+}
+
+// A retraction of the tangent vector xi * step: a q + b xi, to be normalised.
+template <class T>
+struct Arc {
+  T a, b;
+};
+
+// (q + v)/||q + v||
+template <class T>
+MK_FN Arc<T> projection(T step) {
+  return {T(1), step};
+}
+
+// q cos||v|| + v/||v|| sin||v||; square = ||xi||^2. The quotient is a sinc: v = 0 gives q.
+template <class T>
+MK_FN Arc<T> exp(T step, T square) {
+  const T norm = sqrt(square);
+  const T angle = abs(step) * norm;
+  const auto zero = !(norm > T(0));
+  const T sine = sin(angle) / select(zero, T(1), norm);
+  return {cos(angle), select(zero, step, select(step < T(0), -sine, sine))};
+}
+
+// Projection of m (length k, elements `stride` apart) and ||xi||^2.
+template <class T>
+MK_FN T project(const T* q, const T* m, T* xi, int k, int stride) {
+  T qm = q[0] * m[0];
+  MK_UNROLL
+  for (int e = 1; e < k; e++) qm = fma(q[e * stride], m[e * stride], qm);
+  T square = T(0);
+  MK_UNROLL
+  for (int e = 0; e < k; e++) {
+    const T x = rgrad(q[e * stride], m[e * stride], qm);
+    xi[e * stride] = x;
+    square = fma(x, x, square);
+  }
+  return square;
+}
+
+// q <- the normalised point of the arc; a zero vector stays zero.
+template <class T>
+MK_FN void retract(T* q, const T* xi, Arc<T> arc, int k, int stride) {
+  T square = T(0);
+  MK_UNROLL
+  for (int e = 0; e < k; e++) {
+    const T y = fma(arc.b, xi[e * stride], arc.a * q[e * stride]);
+    q[e * stride] = y;
+    square = fma(y, y, square);
+  }
+  const T inverse = select(square > T(0), rsqrt(square), T(1));
+  MK_UNROLL
+  for (int e = 0; e < k; e++) q[e * stride] = q[e * stride] * inverse;
+}
+
+}  // namespace mk::sphere

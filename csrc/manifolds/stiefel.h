@@ -1,0 +1,133 @@
+// Orthonormal columns, Q^T Q = I for Q (n x p), n >= p. Scale is the caller's (Q = W/s, V/s).
+#pragma once
+
+#include "linalg/expm.h"
+#include "linalg/givens.h"
+#include "linalg/jacobi.h"
+#include "linalg/small_matrix.h"
+
+namespace mk::stiefel {
+
+// xi = M - Q sym(Q^T M); returns ||xi||^2.
+template <class T, class Size>
+MK_FN T project(const T* Q, const T* M, T* xi, Size size) {
+  const int n = size.n, p = size.p;
+  T A[Size::square_capacity];
+  multiply_tn(Q, M, A, n, p, p);
+  MK_UNROLL
+  for (int i = 0; i < p; i++) {
+    MK_UNROLL
+    for (int j = i; j < p; j++) A[i * p + j] = A[j * p + i] = T(0.5) * (A[i * p + j] + A[j * p + i]);
+  }
+  T square = T(0);
+  MK_UNROLL
+  for (int i = 0; i < n; i++) {
+    MK_UNROLL
+    for (int j = 0; j < p; j++) {
+      T x = M[i * p + j];
+      MK_UNROLL
+      for (int k = 0; k < p; k++) x = fma(-Q[i * p + k], A[k * p + j], x);
+      xi[i * p + j] = x;
+      square = fma(x, x, square);
+    }
+  }
+  return square;
+}
+
+// Q <- qf(Q + step xi)
+template <class T, class Size>
+MK_FN void retract_qr(T* Q, const T* xi, T step, Size size) {
+  T Y[Size::capacity];
+  MK_UNROLL
+  for (int e = 0; e < size.n * size.p; e++) Y[e] = fma(step, xi[e], Q[e]);
+  givens_qf(Y, Q, size);
+}
+
+// Q <- Y (Y^T Y)^{-1/2}, Y = Q + step xi
+template <class T, class Size>
+MK_FN void retract_polar(T* Q, const T* xi, T step, Size size) {
+  T Y[Size::capacity];
+  for (int e = 0; e < size.n * size.p; e++) Y[e] = fma(step, xi[e], Q[e]);
+  jacobi_polar(Y, Q, size);
+}
+
+// Q <- the polar factor of Y, and Q as it was where Y is not finite (steps so long that a double cannot hold their square).
+// Cayley and exp only move Q by an orthogonal factor, so without it the rounding errors of all steps would add up.
+template <class T, class Size>
+MK_FN void land(T* Y, T* Q, Size size) {
+  const int count = size.n * size.p;
+  const auto finite = square_norm(Y, count) < T(Limits<Real<T>>::huge_square);
+  for (int e = 0; e < count; e++) Y[e] = select(finite, Y[e], Q[e]);
+  jacobi_polar(Y, Q, size);
+}
+
+// Q <- Q + U (I - Z^T U / 2)^{-1} Z^T Q with P = I - Q Q^T / 2, U = [P X, Q], Z = [Q, -P X] (n x 2p), X = step xi.
+template <class T, class Size>
+MK_FN void retract_cayley(T* Q, const T* xi, T step, Size size) {
+  const int n = size.n, p = size.p, m = 2 * p;
+  T X[Size::capacity], A[Size::square_capacity], PX[Size::capacity];
+  for (int e = 0; e < n * p; e++) X[e] = step * xi[e];
+  multiply_tn(Q, X, A, n, p, p);
+  multiply(Q, A, PX, n, p, p);
+  for (int e = 0; e < n * p; e++) PX[e] = fma(T(-0.5), PX[e], X[e]);
+  T U[Size::tall_capacity], Z[Size::tall_capacity];
+  for (int i = 0; i < n; i++) {
+    for (int j = 0; j < p; j++) {
+      U[i * m + j] = PX[i * p + j];
+      U[i * m + p + j] = Q[i * p + j];
+      Z[i * m + j] = Q[i * p + j];
+      Z[i * m + p + j] = -PX[i * p + j];
+    }
+  }
+  T K[Size::double_capacity], B[Size::double_capacity];
+  multiply_tn(Z, U, K, n, m, m);
+  for (int i = 0; i < m; i++)
+    for (int j = 0; j < m; j++) K[i * m + j] = fma(T(-0.5), K[i * m + j], T(i == j ? 1 : 0));
+  multiply_tn(Z, Q, B, n, m, p);
+  givens_solve(K, B, m, p);
+  multiply(U, B, PX, n, m, p);
+  for (int e = 0; e < n * p; e++) PX[e] = Q[e] + PX[e];
+  land(PX, Q, size);
+}
+
+// Q <- [Q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A), A = Q^T X, X = step xi (Edelman, Arias & Smith 1998, section 2.2.2,
+// Euclidean metric).
+template <class T, class Size>
+MK_FN void retract_exp(T* Q, const T* xi, T step, Size size) {
+  const int n = size.n, p = size.p, m = 2 * p;
+  T X[Size::capacity], A[Size::square_capacity], S[Size::square_capacity];
+  for (int e = 0; e < n * p; e++) X[e] = step * xi[e];
+  multiply_tn(Q, X, A, n, p, p);
+  // X is tangent up to rounding: its skew part is what the formula means.
+  for (int i = 0; i < p; i++)
+    for (int j = 0; j <= i; j++) {
+      const T skew = T(0.5) * (A[i * p + j] - A[j * p + i]);
+      A[i * p + j] = skew;
+      A[j * p + i] = -skew;
+    }
+  multiply_tn(X, X, S, n, p, p);
+  T block[Size::double_capacity], E[Size::double_capacity], work[Size::double_capacity];
+  for (int i = 0; i < p; i++) {
+    for (int j = 0; j < p; j++) {
+      block[i * m + j] = block[(p + i) * m + p + j] = A[i * p + j];
+      block[i * m + p + j] = -S[i * p + j];
+      block[(p + i) * m + j] = T(i == j ? 1 : 0);
+    }
+  }
+  expm(block, E, work, m);
+  T F[Size::square_capacity];
+  for (int e = 0; e < p * p; e++) S[e] = -A[e];
+  expm(S, F, work, p);
+  T Y[Size::capacity];
+  for (int i = 0; i < n; i++) {
+    for (int j = 0; j < p; j++) {
+      T sum = T(0);
+      for (int k = 0; k < p; k++) sum = fma(Q[i * p + k], E[k * m + j], fma(X[i * p + k], E[(p + k) * m + j], sum));
+      Y[i * p + j] = sum;
+    }
+  }
+  multiply(Y, F, X, n, p, p);
+  land(X, Q, size);
+}
+
+}  // namespace mk::stiefel

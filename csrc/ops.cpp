@@ -1,0 +1,250 @@
+// The operator of ops.py on the CPU: argument checks, and from the plan's rows to jobs. No mathematics.
+#include <ATen/ATen.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "cpu/geometry.h"
+#include "cpu/library.h"
+
+namespace mk {
+namespace {
+
+// plan.py, GROUP_COLUMNS
+struct GroupRow {
+  int64_t parameter, hyper, rule, manifold, retraction, view, out_dim, channel_groups, rows, individual, step_size, first,
+      count, listed, scale, scale_stride;
+};
+constexpr int64_t group_columns = sizeof(GroupRow) / sizeof(int64_t);
+constexpr int64_t hyper_columns = sizeof(Hyper) / sizeof(double);
+
+Storage storage_of(const at::Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case at::kFloat:
+      return Storage::float32;
+    case at::kDouble:
+      return Storage::float64;
+    case at::kBFloat16:
+      return Storage::bfloat16;
+    case at::kHalf:
+      return Storage::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "params: wanted float32, float64, bfloat16 or float16, got ", weight.scalar_type(), ".");
+  }
+}
+
+void check_table(const at::Tensor& table, const char* name, at::ScalarType dtype, int64_t columns) {
+  TORCH_CHECK_VALUE(table.device().is_cpu() && table.scalar_type() == dtype && table.is_contiguous(), name,
+                    ": wanted a contiguous CPU tensor of ", dtype, ", got ", table.toString(), ".");
+  TORCH_CHECK_VALUE(columns == 0 || (table.dim() == 2 && table.size(1) == columns), name, ": wanted shape (*, ", columns,
+                    "), got ", table.sizes(), ".");
+}
+
+void check_parameter(int64_t i, const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& momentum) {
+  TORCH_CHECK_VALUE(weight.device().is_cpu() && weight.layout() == at::kStrided, "params[", i,
+                    "]: wanted a strided CPU tensor, got ", weight.toString(), ".");
+  storage_of(weight);
+  TORCH_CHECK_VALUE(grad.layout() == at::kStrided && grad.device().is_cpu(), "grads[", i,
+                    "]: wanted a strided CPU tensor, got ", grad.toString(), ".");
+  TORCH_CHECK_VALUE(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type(), "grads[", i, "]: wanted ",
+                    weight.sizes(), " ", weight.scalar_type(), ", got ", grad.sizes(), " ", grad.scalar_type(), ".");
+  if (momentum.numel() == 0) return;
+  TORCH_CHECK_VALUE(momentum.device().is_cpu() && momentum.sizes() == weight.sizes() &&
+                        momentum.scalar_type() == weight.scalar_type() && momentum.strides() == weight.strides(),
+                    "momenta[", i, "]: wanted the shape, strides and dtype of the weight, ", weight.sizes(), " ",
+                    weight.strides(), " ", weight.scalar_type(), ", got ", momentum.sizes(), " ", momentum.strides(), " ",
+                    momentum.scalar_type(), ".");
+}
+
+void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hypers, int64_t listed, int64_t scales) {
+  const auto in = [](int64_t x, int64_t end) { return 0 <= x && x < end; };
+  TORCH_CHECK_VALUE(in(row.parameter, parameters) && in(row.hyper, hypers) && in(row.rule, 4) && in(row.manifold, 6) &&
+                        in(row.retraction, 6) && in(row.view, 4) && in(row.out_dim, 2),
+                    "groups: row ", r, " has a number out of range.");
+  TORCH_CHECK_VALUE(row.first >= 0 && row.count >= 0 && (!row.listed || row.first <= listed - row.count), "groups: row ", r,
+                    " lists components [", row.first, ", ", row.first, " + ", row.count, ") of ", listed, ".");
+  const int64_t last_scale = row.scale_stride ? row.scale + row.count - 1 : row.scale;
+  TORCH_CHECK_VALUE(row.scale >= 0 && last_scale < scales && in(row.scale_stride, 2), "groups: row ", r,
+                    " has a scale out of range.");
+}
+
+// What a parameter's jobs point into.
+struct Parameter {
+  Geometry geometry;
+  std::vector<int64_t> weight_offset, grad_offset;
+  bool weight_in_order, grad_in_order;
+
+  Parameter(const at::Tensor& weight, const at::Tensor& grad, const Layout& layout, bool transposed)
+      : geometry(geometry_of(weight, grad, layout, transposed)) {
+    if (geometry.elements() <= lane_elements) {
+      weight_offset = offsets_of(geometry, geometry.weight_stride);
+      grad_offset = offsets_of(geometry, geometry.grad_stride);
+    }
+    weight_in_order = in_order(weight_offset);
+    grad_in_order = in_order(grad_offset);
+  }
+
+  static bool in_order(const std::vector<int64_t>& offsets) {
+    for (size_t e = 0; e < offsets.size(); e++)
+      if (offsets[e] != int64_t(e)) return false;
+    return true;
+  }
+};
+
+void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList momenta,
+           at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite, const at::Tensor& groups,
+           const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper) {
+  const int64_t count = int64_t(params.size());
+  TORCH_CHECK_VALUE(int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
+                    "grads, momenta, variances: wanted lists as long as params (", count, "), got ", grads.size(), ", ",
+                    momenta.size(), ", ", variances.size(), ".");
+  check_table(groups, "groups", at::kLong, group_columns);
+  check_table(components, "components", at::kLong, 0);
+  check_table(scales, "scales", at::kDouble, 0);
+  check_table(hyper, "hyper", at::kDouble, hyper_columns);
+  check_table(steps, "steps", at::kLong, 0);
+  check_table(nonfinite, "nonfinite", at::kLong, 0);
+  TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
+                    " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
+
+  std::vector<at::Tensor> grad(count);
+  for (int64_t i = 0; i < count; i++) {
+    const std::optional<at::Tensor> given = grads.get(i);
+    if (!given.has_value() || !given->defined()) continue;
+    check_parameter(i, params[i], *given, momenta[i]);
+    if (params[i].numel() > 0) grad[i] = *given;
+  }
+
+  // One geometry a parameter; Stiefel matrices with n < p have one of their own.
+  std::vector<std::unique_ptr<Parameter>> upright(count), transposed(count);
+  std::vector<Job> jobs, library_jobs;
+  std::vector<int64_t> job_parameter, library_parameter;
+  const GroupRow* rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<int64_t>());
+  for (int64_t r = 0; r < groups.size(0); r++) {
+    const GroupRow& row = rows[r];
+    check_row(row, r, count, hyper.size(0), components.numel(), scales.numel());
+    const int64_t i = row.parameter;
+    if (!grad[i].defined() || row.count == 0) continue;
+    const at::Tensor& weight = params[i];
+    const Layout layout{View(row.view), row.out_dim, row.channel_groups, row.rows};
+    if (!upright[i]) upright[i] = std::make_unique<Parameter>(weight, grad[i], layout, false);
+    const Parameter* parameter = upright[i].get();
+    Job job{};
+    job.manifold = ManifoldCode(row.manifold);
+    job.retraction = Retraction(row.retraction);
+    if (job.manifold == ManifoldCode::stiefel && parameter->geometry.n < parameter->geometry.p) {
+      if (!transposed[i]) transposed[i] = std::make_unique<Parameter>(weight, grad[i], layout, true);
+      parameter = transposed[i].get();
+    }
+    if (job.manifold == ManifoldCode::stiefel && parameter->geometry.p == 1 && job.retraction != Retraction::cayley) {
+      // A single orthonormal column is a point of the sphere, where QR and polar both normalise.
+      job.manifold = ManifoldCode::sphere;
+      if (job.retraction != Retraction::exp) job.retraction = Retraction::projection;
+    }
+    TORCH_CHECK_VALUE(row.listed || row.first <= parameter->geometry.count - row.count, "groups: row ", r,
+                      " ends beyond the last component of params[", i, "].");
+    job.weight = weight.data_ptr();
+    job.grad = grad[i].const_data_ptr();
+    job.momentum = momenta[i].numel() ? momenta[i].data_ptr() : nullptr;
+    job.storage = storage_of(weight);
+    job.geometry = &parameter->geometry;
+    job.weight_offset = parameter->weight_offset.data();
+    job.grad_offset = parameter->grad_offset.data();
+    job.weight_in_order = parameter->weight_in_order;
+    job.grad_in_order = parameter->grad_in_order;
+    job.listed = row.listed ? components.const_data_ptr<int64_t>() + row.first : nullptr;
+    job.first = row.first;
+    job.count = row.count;
+    job.scales = scales.const_data_ptr<double>() + row.scale;
+    job.scale_stride = row.scale_stride;
+    job.rule = Rule(row.rule);
+    job.hyper = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>())[row.hyper];
+    job.individual = row.individual != 0;
+    job.bounded = row.step_size != 0;
+    job.step = steps.const_data_ptr<int64_t>()[i];
+    job.first_step = job.step == 0;
+    if (job.rule == Rule::adam_g && job.manifold == ManifoldCode::grassmann) {
+      const auto number = job.storage == Storage::float64 ? at::kDouble : at::kFloat;
+      TORCH_CHECK_VALUE(variances[i].numel() == parameter->geometry.count && variances[i].scalar_type() == number &&
+                            variances[i].is_contiguous() && job.momentum,
+                        "variances[", i, "]: wanted ", parameter->geometry.count, " contiguous numbers of ", number,
+                        " and a momentum, got ", variances[i].toString(), " with ", variances[i].numel(), ".");
+      job.variance = variances[i].data_ptr();
+    }
+    (has_kernel(job) ? jobs : library_jobs).push_back(job);
+    (has_kernel(job) ? job_parameter : library_parameter).push_back(i);
+  }
+
+  int64_t* skipped = nonfinite.data_ptr<int64_t>();
+  const std::vector<int64_t> left = run(jobs);
+  for (size_t j = 0; j < jobs.size(); j++) skipped[job_parameter[j]] += left[j];
+  for (size_t j = 0; j < library_jobs.size(); j++) {
+    const int64_t i = library_parameter[j];
+    const at::Tensor momentum = library_jobs[j].momentum ? momenta[i] : at::Tensor();
+    skipped[i] += library_step(library_jobs[j], params[i], grad[i], momentum);
+  }
+  for (int64_t i = 0; i < count; i++)
+    if (grad[i].defined()) steps.data_ptr<int64_t>()[i]++;
+}
+
+#ifndef MK_BUILD_COMPILER
+#define MK_BUILD_COMPILER "unknown"
+#endif
+#ifndef MK_BUILD_TORCH
+#define MK_BUILD_TORCH "unknown"
+#endif
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = MK_BUILD_COMPILER;
+  info["torch"] = MK_BUILD_TORCH;
+  info["instruction_set"] = instruction_set();
+  return info;
+}
+
+// The numbers that plan.py, manifolds.py and views.py give the same names.
+pybind11::dict codes() {
+  const auto table = [](std::initializer_list<std::pair<const char*, int64_t>> entries) {
+    pybind11::dict out;
+    for (const auto& [name, code] : entries) out[name] = code;
+    return out;
+  };
+  pybind11::dict all;
+  all["rules"] = table({{"fg_sgd", int64_t(Rule::fg_sgd)},
+                        {"psi_sgd", int64_t(Rule::psi_sgd)},
+                        {"sgd_g", int64_t(Rule::sgd_g)},
+                        {"adam_g", int64_t(Rule::adam_g)}});
+  all["manifolds"] = table({{"euclidean", int64_t(ManifoldCode::euclidean)},
+                            {"sphere", int64_t(ManifoldCode::sphere)},
+                            {"oblique", int64_t(ManifoldCode::oblique)},
+                            {"stiefel", int64_t(ManifoldCode::stiefel)},
+                            {"scale_invariant", int64_t(ManifoldCode::scale_invariant)},
+                            {"grassmann", int64_t(ManifoldCode::grassmann)}});
+  all["retractions"] = table({{"add", int64_t(Retraction::add)},
+                              {"projection", int64_t(Retraction::projection)},
+                              {"qr", int64_t(Retraction::qr)},
+                              {"polar", int64_t(Retraction::polar)},
+                              {"cayley", int64_t(Retraction::cayley)},
+                              {"exp", int64_t(Retraction::exp)}});
+  all["views"] = table({{"kernel", int64_t(View::kernel)},
+                        {"filter", int64_t(View::filter)},
+                        {"matrix", int64_t(View::matrix)},
+                        {"flat", int64_t(View::flat)}});
+  all["group_columns"] = group_columns;
+  all["hyper_columns"] = hyper_columns;
+  return all;
+}
+
+}  // namespace
+}  // namespace mk
+
+TORCH_LIBRARY_IMPL(manifold_kernels, CPU, m) { m.impl("step_", &mk::step_); }
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information of the compiled kernels; the operators are registered with torch.";
+  m.def("build_info", &mk::build_info);
+  m.def("codes", &mk::codes);
+}

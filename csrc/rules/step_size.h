@@ -1,0 +1,25 @@
+// [FG] Eq. 5, and Corollary 2 (Eq. 7) with rho = 1, c = 0.
+#pragma once
+
+#include "lane.h"
+
+namespace mk {
+
+template <class R>
+struct StepSize {
+  R lr, rho, curvature;
+  bool bounded;  // "general"; otherwise tau = 1
+
+  // lr / tau for a group whose Riemannian gradient has the given square norm. The square root of Eq. 5 is taken factor by
+  // factor, tau = max(1, R max(2 rho + R, sqrt(1 + c (rho + R)))), so that R^4 cannot overflow.
+  template <class T>
+  MK_FN T operator()(T square) const {
+    if (!bounded) return T(lr);
+    const T norm = sqrt(square);
+    T factor = norm + T(R(2) * rho);
+    if (curvature != R(0)) factor = max(factor, sqrt(max(T(0), fma(norm + T(rho), T(curvature), T(1)))));
+    return T(lr) / max(T(1), norm * factor);
+  }
+};
+
+}  // namespace mk

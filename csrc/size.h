@@ -1,0 +1,27 @@
+// Sizes of a matrix: known to the compiler (everything unrolls into registers) or to the program only.
+#pragma once
+
+namespace mk {
+
+template <int N, int P>
+struct Fixed {
+  static constexpr int n = N, p = P;
+  static constexpr int capacity = N * P;          // elements of an n x p matrix
+  static constexpr int square_capacity = P * P;   // of a p x p one
+  static constexpr int double_capacity = 4 * P * P;  // of a 2p x 2p one
+  static constexpr int tall_capacity = 2 * N * P;    // of an n x 2p one
+};
+
+// Any n x p with n >= p for orthonormalisation, n p <= capacity.
+struct Dynamic {
+  int n, p;
+  static constexpr int capacity = 256;
+  static constexpr int square_capacity = 256;
+  static constexpr int double_capacity = 1024;
+  static constexpr int tall_capacity = 512;
+};
+
+// The sizes with kernels of their own; every other size takes the Dynamic path.
+#define MK_FIXED_SIZES(X) X(2, 2) X(3, 3) X(4, 4) X(5, 5) X(7, 7)
+
+}  // namespace mk

@@ -1,0 +1,9 @@
+"""Optimizers for weights on manifolds: ``torch.optim.Optimizer`` to the letter, one operator call a step."""
+
+from manifold_kernels.optim.adamg import AdamG
+from manifold_kernels.optim.base import ManifoldOptimizer
+from manifold_kernels.optim.fgsgd import FGSGD
+from manifold_kernels.optim.psisgd import PSISGD
+from manifold_kernels.optim.sgdg import SGDG
+
+__all__ = ["FGSGD", "PSISGD", "SGDG", "AdamG", "ManifoldOptimizer"]

@@ -1,0 +1,171 @@
+"""State dicts: what is written besides torch's entries, and how a state is checked before anything is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_kernels.optim import settings
+from manifold_kernels.optim.settings import ParamGroup
+from manifold_kernels.plan import GROUP_COLUMNS, Plan
+
+VERSION = 1
+_ENTRIES = ("state", "param_groups", "version", "plan", "nonfinite")
+_PLAN = ("groups", "components", "scales")
+#: Columns of a plan that must agree with the one that the param groups describe. Scales may have been moved.
+_AGREE = tuple(name for name in GROUP_COLUMNS if name not in ("scale", "scale_stride"))
+
+
+def new_buffer(name: str, parameter: Tensor, components: int) -> Tensor:
+    """The buffer ``name`` of ``parameter``, zero: one number a component for ``exp_avg_sq``, else one a weight.
+
+    The latter has the strides of the parameter, also where that is not dense.
+    """
+    if name == "exp_avg_sq":
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return torch.zeros(components, dtype=dtype, device=parameter.device)
+    buffer = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
+    return buffer.zero_()
+
+
+def component_counts(plan: Plan, parameters: int) -> list[int]:
+    """The number of components of every parameter."""
+    counts = torch.zeros(parameters, dtype=torch.int64)
+    return counts.index_add_(0, plan.column("parameter"), plan.column("count")).tolist()
+
+
+def extras(plan: Plan, nonfinite: Tensor) -> dict[str, Any]:
+    """The entries of a state dict that torch does not know."""
+    return {"version": VERSION, "plan": {name: getattr(plan, name) for name in _PLAN}, "nonfinite": nonfinite}
+
+
+def check_entries(saved: dict[str, Any]) -> None:
+    """Raise unless ``saved`` has all entries and a known version."""
+    for entry in _ENTRIES:
+        if entry not in saved:
+            raise ValueError(f"state_dict: wanted the entries {list(_ENTRIES)}, {entry!r} is missing.")
+    if saved["version"] != VERSION:
+        raise ValueError(f"state_dict: wanted version {VERSION}, got {saved['version']!r}.")
+    for entry, kind in (("state", dict), ("param_groups", list), ("plan", dict), ("nonfinite", Tensor)):
+        if not isinstance(saved[entry], kind):
+            raise ValueError(f"state_dict: wanted {entry!r} as {kind.__name__}, got {type(saved[entry]).__name__}.")
+
+
+def load_groups(saved: list[ParamGroup], current: list[ParamGroup], names: Sequence[str]) -> list[ParamGroup]:
+    """Copies of the ``saved`` groups with the parameters of the ``current`` ones."""
+    if len(saved) != len(current):
+        raise ValueError(f"state_dict: wanted {len(current)} param groups, got {len(saved)}.")
+    groups = []
+    for index, (new, old) in enumerate(zip(saved, current, strict=True)):
+        for name in ("params", *names):
+            if name not in new:
+                raise ValueError(f"state_dict: param group {index} lacks {name!r}.")
+        if len(new["params"]) != len(old["params"]):
+            raise ValueError(
+                f"state_dict: wanted {len(old['params'])} parameters in param group {index}, got {len(new['params'])}."
+            )
+        kept = {name: old[name] for name in ("param_names",) if name in old}
+        try:
+            groups.append({**kept, **settings.unpack(deepcopy(new)), "params": old["params"]})
+        except ValueError as error:
+            raise ValueError(f"state_dict: param group {index}: {error}") from None
+    return groups
+
+
+def load_plan(saved: dict[str, Any], expected: Plan, parameters: Sequence[Tensor]) -> tuple[Plan, Tensor]:
+    """The saved plan and counts of non-finite components, copied; they must fit ``expected`` and ``parameters``."""
+    for name in _PLAN:
+        if not isinstance(saved["plan"].get(name), Tensor):
+            raise ValueError(f"state_dict: wanted plan[{name!r}] as a tensor, got {saved['plan'].get(name)!r}.")
+    plan = Plan(*(saved["plan"][name].detach().clone() for name in _PLAN))
+    plan.check(parameters)
+    if plan.groups.shape != expected.groups.shape:
+        raise ValueError(f"state_dict: wanted a plan of {len(expected.groups)} groups, got {len(plan.groups)}.")
+    for name in _AGREE:
+        wrong = (plan.column(name) != expected.column(name)).nonzero()
+        if wrong.numel():
+            row = int(wrong[0])
+            raise ValueError(
+                f"state_dict: plan: group {row} has {name} {int(plan.column(name)[row])}, the optimizer's param groups "
+                f"say {int(expected.column(name)[row])}. Load into an optimizer made as the saved one was."
+            )
+    nonfinite = saved["nonfinite"]
+    if nonfinite.dtype != torch.int64 or nonfinite.shape != (len(parameters),) or bool((nonfinite < 0).any()):
+        raise ValueError(
+            f"state_dict: wanted nonfinite as {len(parameters)} counts in int64, got {nonfinite.dtype} "
+            f"{tuple(nonfinite.shape)}."
+        )
+    return plan, nonfinite.detach().to("cpu", copy=True).contiguous()
+
+
+def load_state(
+    saved: dict[str, Any],
+    groups: list[ParamGroup],
+    plan: Plan,
+    buffers: Callable[[ParamGroup], tuple[str | None, str | None]],
+    where: Callable[[int], str],
+) -> dict[Tensor, dict[str, Any]]:
+    """The saved states, copied, by parameter; every buffer must have its shape, dtype and strides."""
+    owners = [group for group in groups for _ in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    positions = {key: n for n, key in enumerate(key for group in saved["param_groups"] for key in group["params"])}
+    counts = component_counts(plan, len(parameters))
+    state: dict[Tensor, dict[str, Any]] = {}
+    for key, entries in saved["state"].items():
+        if key not in positions:
+            raise ValueError(f"state_dict: has a state for parameter {key!r}, which is in no param group.")
+        position = positions[key]
+        parameter = parameters[position]
+        try:
+            needed = {name for name in buffers(owners[position]) if name is not None}
+            state[parameter] = _load_entries(entries, needed, parameter, counts[position])
+        except ValueError as error:
+            raise ValueError(f"state_dict: state of {where(position)}: {error}") from None
+    return state
+
+
+def _load_entries(entries: dict[str, Any], needed: set[str], parameter: Tensor, components: int) -> dict[str, Any]:
+    step = entries.get("step")
+    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or int(step) < 0:
+        raise ValueError(f"step: wanted an int64 tensor of no dimensions >= 0, got {step!r}.")
+    # A momentum buffer may also be there from before momentum was switched off.
+    known = needed | {"momentum_buffer"}
+    for name in needed - entries.keys():
+        raise ValueError(f"{name}: is missing.")
+    loaded: dict[str, Any] = {"step": step.detach().to("cpu", copy=True)}
+    for name, value in entries.items():
+        if name == "step":
+            continue
+        if name not in known:
+            raise ValueError(f"{name}: wanted one of {sorted(known | {'step'})}.")
+        buffer = new_buffer(name, parameter, components)
+        _check_like(name, value, buffer)
+        loaded[name] = buffer.copy_(value)
+    return loaded
+
+
+def _check_like(name: str, value: object, buffer: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        raise ValueError(f"{name}: wanted a dense tensor, got {type(value).__name__}.")
+    if value.shape != buffer.shape:
+        raise ValueError(f"{name}: wanted shape {tuple(buffer.shape)}, got {tuple(value.shape)}.")
+    if value.dtype != buffer.dtype:
+        raise ValueError(f"{name}: wanted dtype {buffer.dtype}, got {value.dtype}.")
+    if _strides(value) != _strides(buffer):
+        raise ValueError(
+            f"{name}: wanted strides {buffer.stride()}, those of the weight, got {value.stride()}. "
+            "Bring the model to the memory format that it was saved in."
+        )
+    extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    needed = (value.storage_offset() + extent) * value.element_size() if value.numel() else 0
+    if value.untyped_storage().nbytes() < needed:
+        raise ValueError(f"{name}: wanted {needed} bytes of storage, got {value.untyped_storage().nbytes()}.")
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that decide where elements are: those of dimensions longer than 1."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]

@@ -1,0 +1,150 @@
+"""The settings of a parameter group: what is allowed, and how they become numbers, plain data and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from manifold_kernels.manifolds import BY_NAME, Euclidean, Manifold
+from manifold_kernels.plan import HYPER_COLUMNS
+
+ParamGroup = dict[str, Any]
+
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "a finite number >= 0")
+_POSITIVE = (lambda value: value > 0, "a number > 0 (math.inf: never)")
+
+#: Settings that are one number: the test that they must pass, and the test in words.
+NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "lr": _NOT_NEGATIVE,
+    "momentum": _NOT_NEGATIVE,
+    "dampening": (math.isfinite, "a finite number"),
+    "weight_decay": _NOT_NEGATIVE,
+    "rho": _NOT_NEGATIVE,
+    "curvature": _NOT_NEGATIVE,
+    "guard": _POSITIVE,
+    "clip": _POSITIVE,
+    "eps": (lambda value: 0 < value < math.inf, "a finite number > 0"),
+}
+
+#: Settings with a few possible values.
+CHOICES: Mapping[str, tuple[object, ...]] = {
+    "nesterov": (False, True),
+    "maximize": (False, True),
+    "view": (None, "kernel", "filter", "matrix"),
+    "grouping": ("layer", "individual"),
+    "transposed": (False, True),
+    "step_size": ("corollary2", "general", "none"),
+}
+
+#: Settings that the plan is made of. They are fixed once a group is in an optimizer.
+STRUCTURE: tuple[str, ...] = (
+    "manifold",
+    "view",
+    "retraction",
+    "grouping",
+    "transposed",
+    "channel_groups",
+    "rows",
+    "step_size",
+)
+
+#: Everything above that optimizers know; a group may carry more (schedulers add ``initial_lr``), which is left alone.
+KNOWN = frozenset({*NUMBERS, *CHOICES, *STRUCTURE, "betas"})
+
+
+def check(group: ParamGroup) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for the first setting of ``group`` that is not allowed."""
+    for name, (allowed, words) in NUMBERS.items():
+        if name in group:
+            _check_number(name, group[name], allowed, words)
+    for name, choices in CHOICES.items():
+        # Not "in": 1 == True, but a flag is a flag.
+        if name in group and not any(group[name] is choice or _same_word(group[name], choice) for choice in choices):
+            raise ValueError(f"{name}: wanted one of {list(choices)}, got {group[name]!r}.")
+    for name in ("channel_groups", "rows"):
+        if isinstance(group[name], bool) or not isinstance(group[name], int) or group[name] < 1:
+            raise ValueError(f"{name}: wanted a whole number >= 1, got {group[name]!r}.")
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas: wanted two numbers in [0, 1), got {betas!r}.")
+        for index, beta in enumerate(betas):
+            _check_number(f"betas[{index}]", beta, lambda value: 0 <= value < 1, "a number in [0, 1)")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group.get("dampening", 0) != 0):
+        raise ValueError(
+            f"nesterov: needs momentum > 0 and dampening = 0, got momentum={group['momentum']!r} and "
+            f"dampening={group.get('dampening', 0)!r}."
+        )
+
+
+def _same_word(value: object, choice: object) -> bool:
+    return isinstance(value, str) and value == choice
+
+
+def _check_number(name: str, value: object, allowed: Callable[[float], bool], words: str) -> None:
+    if isinstance(value, Tensor):
+        # The table of hyper-parameters lies on the CPU: a number on another device would cost a wait at every step.
+        if value.numel() != 1 or value.device.type != "cpu":
+            raise ValueError(
+                f"{name}: wanted a tensor of one element on the CPU, got {tuple(value.shape)} on {value.device}."
+            )
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: wanted {words}, got {value!r} of type {type(value).__name__}.")
+    if not allowed(float(value)):
+        raise ValueError(f"{name}: wanted {words}, got {value!r}.")
+
+
+def settle(group: ParamGroup, given: Collection[str], neutral: Mapping[str, object]) -> None:
+    """Set the settings in ``neutral``, which would have no effect in ``group``, to the value that says so.
+
+    Defaults of the optimizer, meant for other groups, give way; a value ``given`` for this very group raises
+    ``ValueError``.
+    """
+    for name, value in neutral.items():
+        if name in given and group[name] != value:
+            others = {key: group[key] for key in ("manifold", "step_size") if key in group}
+            raise ValueError(
+                f"{name}: has no effect in a group with {others}, wanted {value!r} or nothing, got {group[name]!r}. "
+                "Leave it out, or set it where it applies."
+            )
+        group[name] = value
+
+
+def hyper_row(group: ParamGroup) -> list[float]:
+    """The row of the table of hyper-parameters (``plan.HYPER_COLUMNS``) that ``group`` stands for."""
+    return [float(group.get(column, 0.0)) for column in HYPER_COLUMNS]
+
+
+def pack(group: ParamGroup) -> ParamGroup:
+    """``group`` as plain data: its manifold becomes its name and fields.
+
+    >>> from manifold_kernels.manifolds import Sphere
+    >>> pack({"lr": 0.1, "manifold": Sphere(2.0)})
+    {'lr': 0.1, 'manifold': {'name': 'sphere', 'scale': 2.0}}
+    """
+    of: Manifold = group["manifold"]
+    return {**group, "manifold": {"name": of.name, **asdict(of)}}
+
+
+def unpack(group: ParamGroup) -> ParamGroup:
+    """The inverse of :func:`pack`."""
+    packed = group["manifold"]
+    if not isinstance(packed, dict) or packed.get("name") not in BY_NAME:
+        raise ValueError(f"manifold: wanted a dict with a 'name' out of {sorted(BY_NAME)}, got {packed!r}.")
+    fields = {name: value for name, value in packed.items() if name != "name"}
+    try:
+        of = BY_NAME[packed["name"]](**fields)
+    except TypeError as error:
+        raise ValueError(f"manifold: {packed!r} does not describe one: {error}.") from None
+    return {**group, "manifold": of}
+
+
+def on_manifold(group: ParamGroup) -> bool:
+    """Whether the group's weights lie on a manifold other than the Euclidean space."""
+    return not isinstance(group["manifold"], Euclidean)

@@ -1,0 +1,136 @@
+"""The driver: reads each group's components, moves them by their rule, writes what changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from manifold_kernels import views
+from manifold_kernels.manifolds import RETRACTIONS, Euclidean
+from manifold_kernels.plan import GROUP_COLUMNS, STEP_SIZES, Plan
+from manifold_kernels.plan import RULES as RULE_CODES
+from manifold_kernels.reference.registry import GEOMETRIES
+from manifold_kernels.reference.rules import RULES, Components, Hyper, Moved, Rule, all_finite, euclidean_sgd
+from manifold_kernels.views import Layout
+
+_RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Tensor,
+    nonfinite: Tensor,
+    groups: Tensor,
+    components: Tensor,
+    scales: Tensor,
+    hyper: Tensor,
+) -> None:
+    """One step of everything that the plan ``(groups, components, scales)`` covers; see ``ops.py`` for the arguments.
+
+    Any floating-point type, device and strides. Euclidean groups are computed in float32 (float64 for float64), bit
+    for bit as ``torch.optim.SGD(foreach=False, fused=False)``; on the manifolds the momentum is, and the rest is
+    computed in float64 and rounded once.
+
+    Raises:
+        ValueError: where a buffer that a group needs has not the shape of its weight.
+    """
+    plan = Plan(groups, components, scales)
+    with torch.no_grad():
+        for row, values in enumerate(groups.tolist()):
+            at = dict(zip(GROUP_COLUMNS, values, strict=True))
+            index = at["parameter"]
+            grad = grads[index]
+            if grad is None or grad.numel() == 0:
+                continue
+            h = Hyper(*hyper[at["hyper"]].tolist())
+            left = _step_group(
+                plan, row, at, h, params[index], grad, momenta[index], variances[index], int(steps[index])
+            )
+            nonfinite[index] += left
+        steps += torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
+
+
+def _step_group(
+    plan: Plan,
+    row: int,
+    at: dict[str, int],
+    h: Hyper,
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    variance: Tensor,
+    steps: int,
+) -> int:
+    """Step the components of one group; returns how many were left as they were."""
+    euclidean = at["manifold"] == Euclidean.code
+    adaptive = at["rule"] == RULE_CODES["adam_g"] and not euclidean
+    buffered = adaptive or h.momentum != 0
+    if buffered and momentum.shape != param.shape:
+        raise ValueError(
+            f"momenta: wanted shape {tuple(param.shape)} for parameter {at['parameter']}, got {tuple(momentum.shape)}. "
+            "Only parameters without momentum have an empty buffer."
+        )
+    layout, members = plan.layout(row), plan.members(row).to(param.device)
+    geometry = GEOMETRIES[at["manifold"]]
+    x = Components(
+        w=_read(param, layout, members),
+        g=_read(grad, layout, members),
+        m=_read(momentum, layout, members) if buffered else None,
+        v=variance[members].reshape(-1, 1, 1) if adaptive else None,
+        s=plan.scale(row).to(param.device).reshape(-1, 1, 1).expand(members.numel(), 1, 1),
+        steps=steps,
+        geometry=geometry,
+        retraction=geometry.retractions[_RETRACTION_NAMES[at["retraction"]]],
+        individual=bool(at["individual"]),
+        bounded=at["step_size"] == STEP_SIZES["general"],
+    )
+    if euclidean:
+        moved = euclidean_sgd(x, h)
+    else:
+        members, moved = _move_finite(members, x, RULES[at["rule"]], h)
+    _write(param, layout, members, moved.w)
+    if moved.m is not None:
+        _write(momentum, layout, members, moved.m)
+    if moved.v is not None:
+        variance[members] = moved.v.flatten()
+    return x.w.shape[0] - members.numel()
+
+
+def _move_finite(members: Tensor, x: Components, rule: Rule, h: Hyper) -> tuple[Tensor, Moved]:
+    """Those of ``members`` that start from finite numbers and reach finite numbers, moved by ``rule``."""
+    start = all_finite(x.g) & all_finite(x.w)
+    if not start.any():
+        return members[:0], Moved(x.w[:0])
+    rows = start.flatten().nonzero().flatten()
+    moved = rule(
+        replace(x, w=x.w[rows], g=x.g[rows], m=_rows(x.m, rows), v=_rows(x.v, rows), s=x.s[rows]),
+        h,
+    )
+    end = all_finite(moved.w) if moved.m is None else all_finite(moved.w) & all_finite(moved.m)
+    kept = end.flatten().nonzero().flatten()
+    return members[rows[kept]], Moved(moved.w[kept], _rows(moved.m, kept), _rows(moved.v, kept))
+
+
+def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _read(tensor: Tensor, layout: Layout, members: Tensor) -> Tensor:
+    """The components ``members`` of ``tensor`` as a copied batch ``(k, n, p)``."""
+    return views.matrices(tensor, layout)[members]
+
+
+def _write(tensor: Tensor, layout: Layout, members: Tensor, batch: Tensor) -> None:
+    """Write ``batch (k, n, p)`` into the components ``members`` of ``tensor``, and nothing else."""
+    view = views.components(tensor, layout).unsqueeze(0)
+    count = views.shape_of(tensor, layout).count
+    lead = next(dims for dims in range(1, view.dim() + 1) if math.prod(view.shape[:dims]) == count)
+    at = torch.unravel_index(members, view.shape[:lead])
+    view[at] = batch.reshape(-1, *view.shape[lead:])

@@ -1,0 +1,217 @@
+"""Builds ``manifold_kernels._C``, the C++ kernels; everything that is not about compiling stands in pyproject.toml.
+
+What is built follows from what is there:
+
+* Linux on x86-64 or aarch64 with a C++ compiler: the kernels. A compiler that fails makes the installation fail.
+* No compiler, or another platform: pure Python, which ``manifold-kernels info`` reports.
+* ``MANIFOLD_KERNELS_SKIP_BUILD=1``: pure Python.
+
+Environment: ``CXX`` (the compiler), ``CXXFLAGS`` and ``LDFLAGS`` (appended), ``MAX_JOBS`` (compilations at a time).
+
+Torch's ``BuildExtension`` has one set of flags for an extension, but the kernels are compiled once for every
+instruction set; so this file runs the compiler itself, which is little work: a command for every object, skipped while
+neither the command nor any file that it read last time has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+TORCH_MINIMUM = "2.13"
+INSTALL = "pip install --no-build-isolation ."
+
+#: Flags of every object. Kernels say themselves where they want a fused multiply-add (-ffp-contract=off), and give the
+#: same bits on every machine (no -ffast-math). Torch's parallel_for is silently serial without -fopenmp.
+FLAGS = shlex.split(
+    "-std=c++20 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra "
+    "-DTORCH_EXTENSION_NAME=_C -DTORCH_API_INCLUDE_EXTENSION_H"
+)
+
+#: Sources in csrc/cpu/isa are compiled once for each of these, with -DMK_ISA=<name>; the others once.
+INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": shlex.split("-mavx2 -mfma -mf16c"),
+        "avx512": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"),
+    },
+    "aarch64": {"baseline": []},
+}
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C++ compiler: ``CXX``, or the first that is installed."""
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(chosen[0]) is None:
+            raise SetupError(f"CXX: wanted an installed C++ compiler, got {chosen[0]!r}. Unset it or correct it.")
+        return chosen
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def reason_for_pure_python() -> str | None:
+    """Why nothing is to be compiled here, or ``None`` where the kernels are to be built."""
+    if (skip := os.environ.get("MANIFOLD_KERNELS_SKIP_BUILD", "0")) not in ("", "0"):
+        return f"MANIFOLD_KERNELS_SKIP_BUILD={skip}"
+    if sys.platform != "linux" or platform.machine() not in INSTRUCTION_SETS:
+        known = " and ".join(INSTRUCTION_SETS)
+        return f"no kernels for {sys.platform} on {platform.machine()}, only for Linux on {known}"
+    if find_compiler() is None:
+        return "no C++ compiler found (c++, g++, clang++ or CXX)"
+    return None
+
+
+@dataclass(frozen=True)
+class Object:
+    """One compilation: its command without ``-o`` and the object file that it writes."""
+
+    command: tuple[str, ...]
+    path: Path
+
+    def current(self) -> bool:
+        """Whether the object was made by this very command from files that have not changed since."""
+        record, depfile = self.path.with_suffix(".cmd"), self.path.with_suffix(".d")
+        if not (self.path.exists() and record.exists() and depfile.exists()):
+            return False
+        if record.read_text() != shlex.join(self.command):
+            return False
+        # A make rule "object: file file \<newline> file"; blanks in names are escaped.
+        files = re.split(r"(?<!\\)\s+", depfile.read_text().split(":", 1)[1].replace("\\\n", " ").strip())
+        made = self.path.stat().st_mtime_ns  # the start of the compilation, see below
+        paths = [Path(file.replace("\\ ", " ")) for file in files]
+        return all(path.exists() and path.stat().st_mtime_ns <= made for path in paths)
+
+    def compile(self) -> None:
+        if self.current():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = self.path.with_suffix(".cmd")
+        record.unlink(missing_ok=True)
+        start = time.time_ns()
+        run([*self.command, "-MD", "-MF", str(self.path.with_suffix(".d")), "-o", str(self.path)])
+        os.utime(self.path, ns=(start, start))  # so that a file edited meanwhile counts as newer
+        record.write_text(shlex.join(self.command))
+
+
+def run(command: list[str]) -> None:
+    print(shlex.join(command) + "\n", end="", flush=True)  # one write: compilations print at the same time
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise CompileError(
+            f"manifold_kernels: the compiler failed with exit status {done.returncode}:\n{shlex.join(command)}\n"
+            f"{done.stdout}\nMANIFOLD_KERNELS_SKIP_BUILD=1 installs without the compiled kernels."
+        )
+    print(done.stdout, end="", flush=True)
+
+
+def jobs() -> int:
+    wanted = os.environ.get("MAX_JOBS", "")
+    if wanted and not (wanted.isdigit() and int(wanted) > 0):
+        raise SetupError(f"MAX_JOBS: wanted a whole number > 0, got {wanted!r}.")
+    return int(wanted) if wanted else len(os.sched_getaffinity(0))
+
+
+class BuildPython(build_py):
+    """Says why there are no kernels, where there are none."""
+
+    def run(self) -> None:
+        if PURE_PYTHON is not None:
+            print(f"manifold_kernels: pure Python, no compiled kernels: {PURE_PYTHON}.", file=sys.stderr, flush=True)
+        super().run()
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc/ for every instruction set and links the objects to ``manifold_kernels._C``."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import torch
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            # Build isolation hides the installed torch; another one fetched to build with might not match it.
+            raise SetupError(
+                "manifold_kernels: torch is not there to build with, and the kernels must be built with the torch that "
+                f"they will run with. Install torch >= {TORCH_MINIMUM}, setuptools and wheel, then run\n    {INSTALL}\n"
+                "(MANIFOLD_KERNELS_SKIP_BUILD=1 installs without the compiled kernels.)"
+            ) from error
+        if torch.__version__ < TORCH_MINIMUM:  # a TorchVersion, which compares as versions do
+            raise SetupError(f"torch: wanted {TORCH_MINIMUM} or newer to build with, got {torch.__version__}.")
+
+        compiler = find_compiler()
+        assert compiler is not None  # else there is no extension to build
+        objects = list(self.objects(compiler, torch.__version__, cpp_extension.include_paths()))
+        with ThreadPoolExecutor(jobs()) as pool:
+            list(pool.map(Object.compile, objects))
+
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # With a libgomp of its own (torch's wheels bring theirs) the extension would have threads of its own, too.
+        torch_root = Path(torch.__file__).parent
+        gomp = sorted([*torch_root.glob("lib/libgomp*.so*"), *torch_root.parent.glob("torch.libs/libgomp*.so*")])
+        run(
+            [
+                *compiler,
+                "-shared",
+                *(str(item.path) for item in objects),
+                *(f"-L{path}" for path in cpp_extension.library_paths()),
+                *("-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"),
+                *map(str, gomp),
+                "-fopenmp",
+                *shlex.split(os.environ.get("LDFLAGS", "")),
+                "-o",
+                str(library),
+            ]
+        )
+
+    def objects(self, compiler: list[str], torch_version: str, includes: list[str]) -> Iterator[Object]:
+        """All compilations, in the order of linking.
+
+        Of an inline function that several objects hold the linker keeps the first, so that wider instruction sets come
+        last: else a ``std::vector`` of the AVX-512 object could be called on a machine without AVX-512.
+        """
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+        build = Path("build") / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+        common = (
+            *compiler,
+            *FLAGS,
+            "-Icsrc",
+            *(f"-isystem{path}" for path in (*includes, *sorted(python))),
+            f'-DMK_BUILD_COMPILER="{version}"',
+            f'-DMK_BUILD_TORCH="{torch_version}"',
+        )
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        sources = [Path(source) for source in SOURCES]
+        per_set = [source for source in sources if source.parent == Path("csrc/cpu/isa")]
+        for source in sources:
+            if source not in per_set:
+                yield Object((*common, *extra, "-c", str(source)), build / source.with_suffix(".o"))
+        for name, flags in INSTRUCTION_SETS[platform.machine()].items():
+            for source in per_set:
+                path = build / source.parent / name / f"{source.stem}.o"
+                yield Object((*common, f"-DMK_ISA={name}", *flags, *extra, "-c", str(source)), path)
+
+
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+PURE_PYTHON = reason_for_pure_python()
+
+setup(
+    ext_modules=[] if PURE_PYTHON is not None else [Extension("manifold_kernels._C", SOURCES)],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
+)

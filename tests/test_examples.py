@@ -1,0 +1,36 @@
+"""The examples run, and show what they say."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    return runpy.run_path(str(EXAMPLES / name))["main"]()
+
+
+def test_first_step_learns_and_keeps_its_constraint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("first_step.py", monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[3]) for line in lines]
+    violations = [float(line.split()[-1]) for line in lines]
+    assert losses[-1] < 0.1 * losses[0]
+    assert max(violations) < 1e-6  # elements of a 3x3 Gram matrix, eps 1.2e-7: three products and the rounding of W
+
+
+def test_principal_directions_are_the_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("principal_directions.py", monkeypatch) == pytest.approx(1, abs=1e-9)
+
+
+def test_psi_does_not_feel_the_scale_of_a_layer_and_sgd_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = run("train_digits_psi.py", monkeypatch, "--epochs", "1", "--alpha", "4096")
+    # A power of two changes no digit of any number on the way: the same network to the last bit.
+    assert errors["PSI-SGD 4096"] == errors["PSI-SGD 1"] < 15
+    assert errors["SGD 4096"] > errors["SGD 1"] + 5
