@@ -11,8 +11,9 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 build: .venv/built
 
+# Threads that wait without spinning: on two cores the operating system needs them for others, too.
 demo: .venv/built
-	$(BIN)/manifold-kernels train $(if $(CHECK),--check)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/manifold-kernels train $(if $(CHECK),--check)
 
 test: .venv/built .venv/dev
 	$(BIN)/python -m pytest -m "not long"

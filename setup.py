@@ -9,25 +9,22 @@ What is built follows from what is there:
 Environment: ``CXX`` (the compiler), ``CXXFLAGS`` and ``LDFLAGS`` (appended), ``MAX_JOBS`` (compilations at a time).
 
 Torch's ``BuildExtension`` has one set of flags for an extension, but the kernels are compiled once for every
-instruction set; so this file runs the compiler itself, which is little work: a command for every object, skipped while
-neither the command nor any file that it read last time has changed.
+instruction set; so this file writes ninja's build file itself.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -42,6 +39,7 @@ INSTALL = "pip install --no-build-isolation ."
 #: same bits on every machine (no -ffast-math). Torch's parallel_for is silently serial without -fopenmp.
 FLAGS = shlex.split(
     "-std=c++20 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra "
+    "-Wno-maybe-uninitialized "  # GCC 12 finds its own AVX-512 headers guilty of it
     "-DTORCH_EXTENSION_NAME=_C -DTORCH_API_INCLUDE_EXTENSION_H"
 )
 
@@ -77,49 +75,6 @@ def reason_for_pure_python() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Object:
-    """One compilation: its command without ``-o`` and the object file that it writes."""
-
-    command: tuple[str, ...]
-    path: Path
-
-    def current(self) -> bool:
-        """Whether the object was made by this very command from files that have not changed since."""
-        record, depfile = self.path.with_suffix(".cmd"), self.path.with_suffix(".d")
-        if not (self.path.exists() and record.exists() and depfile.exists()):
-            return False
-        if record.read_text() != shlex.join(self.command):
-            return False
-        # A make rule "object: file file \<newline> file"; blanks in names are escaped.
-        files = re.split(r"(?<!\\)\s+", depfile.read_text().split(":", 1)[1].replace("\\\n", " ").strip())
-        made = self.path.stat().st_mtime_ns  # the start of the compilation, see below
-        paths = [Path(file.replace("\\ ", " ")) for file in files]
-        return all(path.exists() and path.stat().st_mtime_ns <= made for path in paths)
-
-    def compile(self) -> None:
-        if self.current():
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        record = self.path.with_suffix(".cmd")
-        record.unlink(missing_ok=True)
-        start = time.time_ns()
-        run([*self.command, "-MD", "-MF", str(self.path.with_suffix(".d")), "-o", str(self.path)])
-        os.utime(self.path, ns=(start, start))  # so that a file edited meanwhile counts as newer
-        record.write_text(shlex.join(self.command))
-
-
-def run(command: list[str]) -> None:
-    print(shlex.join(command) + "\n", end="", flush=True)  # one write: compilations print at the same time
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise CompileError(
-            f"manifold_kernels: the compiler failed with exit status {done.returncode}:\n{shlex.join(command)}\n"
-            f"{done.stdout}\nMANIFOLD_KERNELS_SKIP_BUILD=1 installs without the compiled kernels."
-        )
-    print(done.stdout, end="", flush=True)
-
-
 def jobs() -> int:
     wanted = os.environ.get("MAX_JOBS", "")
     if wanted and not (wanted.isdigit() and int(wanted) > 0):
@@ -153,59 +108,78 @@ class BuildKernels(build_ext):
         if torch.__version__ < TORCH_MINIMUM:  # a TorchVersion, which compares as versions do
             raise SetupError(f"torch: wanted {TORCH_MINIMUM} or newer to build with, got {torch.__version__}.")
 
-        compiler = find_compiler()
-        assert compiler is not None  # else there is no extension to build
-        objects = list(self.objects(compiler, torch.__version__, cpp_extension.include_paths()))
-        with ThreadPoolExecutor(jobs()) as pool:
-            list(pool.map(Object.compile, objects))
+        try:
+            import ninja
+            from ninja.ninja_syntax import Writer
+        except ImportError as error:
+            raise SetupError(
+                f"manifold_kernels: ninja is not there to build with. Install it, then\n    {INSTALL}"
+            ) from error
 
-        library = Path(self.get_ext_fullpath(ext.name))
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        # With a libgomp of its own (torch's wheels bring theirs) the extension would have threads of its own, too.
-        torch_root = Path(torch.__file__).parent
-        gomp = sorted([*torch_root.glob("lib/libgomp*.so*"), *torch_root.parent.glob("torch.libs/libgomp*.so*")])
-        run(
-            [
-                *compiler,
-                "-shared",
-                *(str(item.path) for item in objects),
-                *(f"-L{path}" for path in cpp_extension.library_paths()),
-                *("-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"),
-                *map(str, gomp),
-                "-fopenmp",
-                *shlex.split(os.environ.get("LDFLAGS", "")),
-                "-o",
-                str(library),
-            ]
-        )
+        build = ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        self.describe(Writer(text), library, torch, cpp_extension)
+        (build / "build.ninja").write_text(text.getvalue())
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-v", "-j", str(jobs()), "-C", str(build)]
+        if subprocess.run(command).returncode:
+            raise CompileError(
+                "manifold_kernels: the compiler failed, see above. MANIFOLD_KERNELS_SKIP_BUILD=1 installs without the "
+                "compiled kernels."
+            )
 
-    def objects(self, compiler: list[str], torch_version: str, includes: list[str]) -> Iterator[Object]:
-        """All compilations, in the order of linking.
+    @staticmethod
+    def describe(ninja: Any, library: Path, torch: ModuleType, cpp_extension: ModuleType) -> None:
+        """Writes the build file: an object for every source and instruction set, and the library of them all.
 
         Of an inline function that several objects hold the linker keeps the first, so that wider instruction sets come
         last: else a ``std::vector`` of the AVX-512 object could be called on a machine without AVX-512.
         """
+        compiler = find_compiler()
+        assert compiler is not None  # else there is no extension to build
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-        build = Path("build") / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
-        common = (
-            *compiler,
+        flags = [
             *FLAGS,
-            "-Icsrc",
-            *(f"-isystem{path}" for path in (*includes, *sorted(python))),
+            f"-I{ROOT / 'csrc'}",
+            *(f"-isystem{path}" for path in (*cpp_extension.include_paths(), *sorted(python))),
             f'-DMK_BUILD_COMPILER="{version}"',
-            f'-DMK_BUILD_TORCH="{torch_version}"',
-        )
+            f'-DMK_BUILD_TORCH="{torch.__version__}"',
+        ]
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        sources = [Path(source) for source in SOURCES]
-        per_set = [source for source in sources if source.parent == Path("csrc/cpu/isa")]
-        for source in sources:
-            if source not in per_set:
-                yield Object((*common, *extra, "-c", str(source)), build / source.with_suffix(".o"))
-        for name, flags in INSTRUCTION_SETS[platform.machine()].items():
-            for source in per_set:
-                path = build / source.parent / name / f"{source.stem}.o"
-                yield Object((*common, f"-DMK_ISA={name}", *flags, *extra, "-c", str(source)), path)
+        # With a libgomp of its own (torch's wheels bring theirs) the extension would have threads of its own, too.
+        torch_root = Path(torch.__file__).parent
+        gomp = sorted([*torch_root.glob("lib/libgomp*.so*"), *torch_root.parent.glob("torch.libs/libgomp*.so*")])
+        link = [
+            *(f"-L{path}" for path in cpp_extension.library_paths()),
+            *("-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"),
+            *map(str, gomp),
+            "-fopenmp",
+            *shlex.split(os.environ.get("LDFLAGS", "")),
+        ]
+
+        ninja.rule("compile", "$cxx $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", "$cxx -shared $in $flags -o $out")
+        ninja.variable("cxx", quoted(compiler))
+        objects = []
+        for source in map(Path, SOURCES):
+            if source.parent != Path("csrc/cpu/isa"):
+                objects.append((source.with_suffix(".o"), source, [*flags, *extra]))
+        for name, instructions in INSTRUCTION_SETS[platform.machine()].items():
+            for source in map(Path, SOURCES):
+                if source.parent == Path("csrc/cpu/isa"):
+                    here = [*flags, f"-DMK_ISA={name}", *instructions, *extra]
+                    objects.append((source.parent / name / f"{source.stem}.o", source, here))
+        for path, source, arguments in reversed(objects):  # the widest instruction set takes longest
+            ninja.build(str(path), "compile", str(ROOT / source), variables={"flags": quoted(arguments)})
+        ninja.build(str(library), "link", [str(path) for path, _, _ in objects], variables={"flags": quoted(link)})
+
+
+def quoted(arguments: list[str]) -> str:
+    """``arguments`` for the shell that ninja calls."""
+    return shlex.join(arguments).replace("$", "$$")
 
 
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))

@@ -66,18 +66,21 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float epsilon = 1.1920929e-7f;
+  static constexpr float largest = 3.4028234e38f;
   static constexpr float huge_square = 1e30f;   // sums of squares up to here leave room for a few more products
   static constexpr float tiny_square = 1e-30f;  // below, a vector of the unit-scale problem is zero to rounding
 };
 template <>
 struct Limits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
+  static constexpr double largest = 1.7976931348623157e308;
   static constexpr double huge_square = 1e280;
   static constexpr double tiny_square = 1e-60;
 };
 template <>
 struct Limits<long double> {
   static constexpr long double epsilon = 2.220446049250313e-16L;
+  static constexpr long double largest = 1.18973149535723176502e4932L;
   static constexpr long double huge_square = 1e4000L;
   static constexpr long double tiny_square = 1e-60L;
 };

@@ -1,5 +1,6 @@
 // The operator of ops.py on the CPU: argument checks, and from the plan's rows to jobs. No mathematics.
-#include <ATen/ATen.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -110,12 +111,14 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
                     " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
 
-  std::vector<at::Tensor> grad(count);
+  std::vector<at::Tensor> grad(count);  // undefined where there is nothing to do
+  std::vector<bool> stepped(count, false);
   for (int64_t i = 0; i < count; i++) {
     const std::optional<at::Tensor> given = grads.get(i);
     if (!given.has_value() || !given->defined()) continue;
     check_parameter(i, params[i], *given, momenta[i]);
-    if (params[i].numel() > 0) grad[i] = *given;
+    stepped[i] = true;
+    if (params[i].numel() > 0) grad[i] = given->resolve_neg();  // torch's fallback leaves lists of optional tensors alone
   }
 
   // One geometry a parameter; Stiefel matrices with n < p have one of their own.
@@ -148,7 +151,6 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
                       " ends beyond the last component of params[", i, "].");
     job.weight = weight.data_ptr();
     job.grad = grad[i].const_data_ptr();
-    job.momentum = momenta[i].numel() ? momenta[i].data_ptr() : nullptr;
     job.storage = storage_of(weight);
     job.geometry = &parameter->geometry;
     job.weight_offset = parameter->weight_offset.data();
@@ -162,16 +164,22 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     job.scale_stride = row.scale_stride;
     job.rule = Rule(row.rule);
     job.hyper = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>())[row.hyper];
+    const bool adaptive = job.rule == Rule::adam_g && job.manifold == ManifoldCode::grassmann;
+    if (adaptive || job.hyper.momentum != 0) {
+      TORCH_CHECK_VALUE(momenta[i].numel() > 0, "momenta[", i, "]: wanted a buffer like the weight, ", weight.sizes(),
+                        ", got an empty tensor. Only parameters without momentum have none.");
+      job.momentum = momenta[i].data_ptr();
+    }
     job.individual = row.individual != 0;
     job.bounded = row.step_size != 0;
     job.step = steps.const_data_ptr<int64_t>()[i];
     job.first_step = job.step == 0;
-    if (job.rule == Rule::adam_g && job.manifold == ManifoldCode::grassmann) {
+    if (adaptive) {
       const auto number = job.storage == Storage::float64 ? at::kDouble : at::kFloat;
       TORCH_CHECK_VALUE(variances[i].numel() == parameter->geometry.count && variances[i].scalar_type() == number &&
-                            variances[i].is_contiguous() && job.momentum,
+                            variances[i].is_contiguous(),
                         "variances[", i, "]: wanted ", parameter->geometry.count, " contiguous numbers of ", number,
-                        " and a momentum, got ", variances[i].toString(), " with ", variances[i].numel(), ".");
+                        ", got ", variances[i].toString(), " with ", variances[i].numel(), ".");
       job.variance = variances[i].data_ptr();
     }
     (has_kernel(job) ? jobs : library_jobs).push_back(job);
@@ -187,7 +195,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     skipped[i] += library_step(library_jobs[j], params[i], grad[i], momentum);
   }
   for (int64_t i = 0; i < count; i++)
-    if (grad[i].defined()) steps.data_ptr<int64_t>()[i]++;
+    if (stepped[i]) steps.data_ptr<int64_t>()[i]++;
 }
 
 #ifndef MK_BUILD_COMPILER

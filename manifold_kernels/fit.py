@@ -7,17 +7,20 @@ import math
 from torch import Tensor
 
 from manifold_kernels.manifolds import Euclidean, Grassmann, Manifold, Oblique, ScaleInvariant, Stiefel, _Scaled
-from manifold_kernels.views import Layout, Shape, shape_of
+from manifold_kernels.views import Layout, Shape, canonical, kernel_dims, shape_of
 
 
 def default_view(of: Manifold, weight: Tensor) -> str:
-    """``flat`` for Euclidean, ``filter`` for vectors (PSI, Grassmann) and 1-d convolutions, ``matrix`` for linear
-    weights and ``kernel`` for the others."""
+    """``flat`` for Euclidean, ``matrix`` for linear weights, ``kernel`` where a kernel is a matrix, ``filter`` for the
+    others and wherever points are vectors (PSI, Grassmann)."""
     if isinstance(of, Euclidean):
         return "flat"
-    if isinstance(of, (ScaleInvariant, Grassmann)) or weight.dim() == 3:
+    if isinstance(of, (ScaleInvariant, Grassmann)):
         return "filter"
-    return "matrix" if weight.dim() == 2 else "kernel"
+    if weight.dim() == 2:
+        return "matrix"
+    has_kernels = weight.dim() > 3 and kernel_dims(canonical(weight, Layout("filter"))) is not None
+    return "kernel" if has_kernels else "filter"
 
 
 def frozen(of: Manifold, shape: Shape) -> str | None:

@@ -46,10 +46,23 @@ def machine() -> dict[str, str]:
 
 def build() -> dict[str, str]:
     """What the compiled extension says about itself: compiler, torch, instruction set; empty where it is not there."""
-    if ops.extension_error() is not None:
+    try:
+        extension = importlib.import_module("manifold_kernels._C")
+    except ImportError:
         return {}
-    extension = importlib.import_module("manifold_kernels._C")
-    return {str(key): str(value) for key, value in extension.build_info().items()}
+    facts = {str(key): str(value) for key, value in extension.build_info().items()}
+    if not same_release(facts["torch"], torch.__version__):
+        facts["torch"] += f", but {torch.__version__} is running: build it again"
+    return facts
+
+
+def same_release(one: str, other: str) -> bool:
+    """Whether two versions agree in major and minor: releases of torch do not fit each other's extensions.
+
+    >>> same_release("2.13.0+cpu", "2.13.1"), same_release("2.13.0", "2.14.0")
+    (True, False)
+    """
+    return one.split(".")[:2] == other.split(".")[:2]
 
 
 def backends() -> dict[str, str]:

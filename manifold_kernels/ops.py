@@ -38,22 +38,27 @@ Step = Callable[
     None,
 ]
 
-_library = torch.library.Library("manifold_kernels", "DEF")
-_library.define(SCHEMA)
+_library = torch.library.Library("manifold_kernels", "DEF")  # type: ignore[no-untyped-call]
+_library.define(SCHEMA)  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("manifold_kernels::step_", lib=_library)
 def _step_fake(*args: object) -> None:
     return None
+
+
+torch.library.register_fake("manifold_kernels::step_", _step_fake, lib=_library)
 
 
 @lru_cache(maxsize=1)
 def extension_error() -> str | None:
     """Why the compiled extension cannot be used, or ``None`` where it is loaded."""
     try:
-        importlib.import_module("manifold_kernels._C")
+        extension = importlib.import_module("manifold_kernels._C")
     except ImportError as error:
         return str(error)
+    built, running = extension.build_info()["torch"], torch.__version__
+    if built.split(".")[:2] != running.split(".")[:2]:
+        return f"built with torch {built}, but {running} is running: build it again"
     return None
 
 

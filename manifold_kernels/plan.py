@@ -13,10 +13,29 @@ import torch
 from torch import Tensor
 
 from manifold_kernels import views
+from manifold_kernels.manifolds import (
+    MANIFOLDS,
+    RETRACTIONS,
+    Euclidean,
+    Grassmann,
+    Manifold,
+    Oblique,
+    ScaleInvariant,
+    Sphere,
+    Stiefel,
+)
 from manifold_kernels.views import Layout
 
 #: Update rules: [FG] Algorithm 1, [PSI] Eq. 9-11, SGD-G and Adam-G of Cho & Lee (2017).
 RULES: dict[str, int] = {"fg_sgd": 0, "psi_sgd": 1, "sgd_g": 2, "adam_g": 3}
+
+#: The manifolds that each rule steps, by its number.
+STEPPED_BY: tuple[tuple[type[Manifold], ...], ...] = (
+    (Euclidean, Sphere, Oblique, Stiefel),
+    (Euclidean, ScaleInvariant),
+    (Euclidean, Grassmann),
+    (Euclidean, Grassmann),
+)
 
 #: Step-size rules of [FG]: no bound, or Eq. 5 with rho and c (Corollary 2 is rho = 1, c = 0).
 STEP_SIZES: dict[str, int] = {"none": 0, "general": 1}
@@ -177,7 +196,7 @@ class Plan:
         """Raise ``ValueError`` unless every number of the plan is in range for ``parameters``.
 
         Backends read through these numbers without looking again, so that every plan, a loaded one above all, must
-        have passed this. Every component of a parameter must be in exactly one group.
+        have passed this. Every component of a parameter that has a group must be in exactly one.
         """
         if self.groups.dim() != 2 or self.groups.shape[1] != len(GROUP_COLUMNS):
             raise ValueError(f"plan: wanted groups (*, {len(GROUP_COLUMNS)}), got {tuple(self.groups.shape)}.")
@@ -187,14 +206,21 @@ class Plan:
                 raise ValueError(f"plan: wanted {name} contiguous {dtype} on the CPU, got {tensor.dtype}, {tensor.device}.")
         if not bool(torch.isfinite(self.scales).all()) or bool((self.scales <= 0).any()):
             raise ValueError("plan: wanted finite scales > 0.")
+        by_code = {manifold.code: manifold for manifold in MANIFOLDS}
         covered: dict[int, list[Tensor]] = {}
         layouts: dict[int, Layout] = {}
         for row, values in enumerate(self.groups.tolist()):
             at = dict(zip(GROUP_COLUMNS, values, strict=True))
             self._check_range(row, at, "parameter", len(parameters))
             self._check_range(row, at, "rule", len(RULES))
-            self._check_range(row, at, "manifold", 6)
-            self._check_range(row, at, "retraction", 6)
+            self._check_range(row, at, "manifold", len(MANIFOLDS))
+            of = by_code[at["manifold"]]
+            if at["retraction"] not in [RETRACTIONS[name] for name in of.retractions]:
+                raise ValueError(f"plan: group {row} has retraction {at['retraction']}, wanted one of {of.name}.")
+            if of not in STEPPED_BY[at["rule"]]:
+                raise ValueError(f"plan: group {row} has rule {at['rule']}, which does not step {of.name}.")
+            if at["hyper"] < 0:
+                raise ValueError(f"plan: group {row} has hyper {at['hyper']}, wanted 0 or more.")
             for flag in ("individual", "step_size", "listed", "scale_stride"):
                 self._check_range(row, at, flag, 2)
             layout = self.layout(row)
@@ -213,9 +239,9 @@ class Plan:
             if members.numel() and not (0 <= int(members.min()) and int(members.max()) < total):
                 raise ValueError(f"plan: group {row} lists a component outside [0, {total}).")
             covered.setdefault(at["parameter"], []).append(members)
-        for parameter, members in covered.items():
+        for parameter, lists in covered.items():
             total = views.shape_of(parameters[parameter], layouts[parameter]).count
-            times = torch.bincount(torch.cat(members), minlength=total)
+            times = torch.bincount(torch.cat(lists), minlength=total)
             if not bool((times == 1).all()):
                 wrong = int((times != 1).nonzero()[0])
                 raise ValueError(f"plan: component {wrong} of parameter {parameter} is in {int(times[wrong])} groups, not 1.")

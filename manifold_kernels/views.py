@@ -67,6 +67,14 @@ class Shape:
     outputs: int
 
 
+def _split(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """``tensor`` with dimension ``dim`` split in two, the second of length ``size``; a view."""
+    shape = tensor.shape
+    sizes = (*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :])
+    stride = tensor.stride()
+    return tensor.as_strided(sizes, (*stride[:dim], stride[dim] * size, stride[dim], *stride[dim + 1 :]))
+
+
 def canonical(tensor: Tensor, layout: Layout) -> Tensor:
     """``tensor`` seen as ``(G, D, C, *kernel)``, sharing its memory."""
     if tensor.dim() < 2:
@@ -79,7 +87,15 @@ def canonical(tensor: Tensor, layout: Layout) -> Tensor:
     groups = layout.channel_groups
     if tensor.shape[0] % groups:
         raise ValueError(f"channel_groups: wanted a divisor of {tensor.shape[0]} inputs, got {groups}.")
-    return tensor.unflatten(0, (groups, tensor.shape[0] // groups)).transpose(1, 2)
+    return _split(tensor, 0, tensor.shape[0] // groups).transpose(1, 2)
+
+
+def kernel_dims(canon: Tensor) -> list[int] | None:
+    """The two dimensions of a canonical weight that make its kernels matrices, or ``None`` where there are not two."""
+    if canon.dim() == 5:
+        return [3, 4]
+    kernel = [dim for dim in range(3, canon.dim()) if canon.shape[dim] > 1]
+    return kernel if len(kernel) == 2 else None
 
 
 def components(tensor: Tensor, layout: Layout) -> Tensor:
@@ -95,13 +111,11 @@ def components(tensor: Tensor, layout: Layout) -> Tensor:
     if layout.view == "filter":
         if canon.shape[1] % layout.rows:
             raise ValueError(f"rows: wanted a divisor of {canon.shape[1]} outputs, got {layout.rows}.")
-        return canon.unflatten(1, (canon.shape[1] // layout.rows, layout.rows))
+        return _split(canon, 1, layout.rows)
     if layout.view == "matrix":
         return canon.movedim((0, 1), (-2, -1))
-    kernel = [dim for dim in range(3, canon.dim()) if canon.shape[dim] > 1] or list(range(3, canon.dim()))
-    if canon.dim() == 5:
-        kernel = [3, 4]
-    if len(kernel) != 2:
+    kernel = kernel_dims(canon)
+    if kernel is None:
         raise ValueError(
             f"view: 'kernel' needs exactly two kernel dimensions above 1, got weight shape {tuple(tensor.shape)}. "
             "Use view='filter' or view='matrix'."

@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,13 @@ def test_info_names_versions_and_every_backend() -> None:
     assert result.exit_code == 0, result.output
     for wanted in (torch.__version__, torch.backends.cpu.get_cpu_capability(), *ops.backends()):
         assert wanted in result.output
+
+
+def test_info_tells_of_an_extension_built_with_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = SimpleNamespace(build_info=lambda: {"compiler": "c++", "torch": "1.2.3"})
+    monkeypatch.setitem(sys.modules, "manifold_kernels._C", extension)
+    result = runner.invoke(app, ["info"], terminal_width=200)
+    assert f"1.2.3, but {torch.__version__} is running: build it again" in " ".join(result.output.split())
 
 
 # --- validate -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The examples run, and show what they say."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -34,3 +35,10 @@ def test_psi_does_not_feel_the_scale_of_a_layer_and_sgd_does(monkeypatch: pytest
     # A power of two changes no digit of any number on the way: the same network to the last bit.
     assert errors["PSI-SGD 4096"] == errors["PSI-SGD 1"] < 15
     assert errors["SGD 4096"] > errors["SGD 1"] + 5
+
+
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(code, {})
+    assert float(capsys.readouterr().out) < 1e-6

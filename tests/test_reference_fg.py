@@ -14,7 +14,9 @@ from torch import Tensor
 
 from manifold_kernels import functional as F
 from manifold_kernels.manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
+from manifold_kernels.plan import HYPER_COLUMNS
 from manifold_kernels.reference import step_
+from manifold_kernels.reference.rules import Hyper
 from manifold_kernels.views import Layout
 
 KERNEL = Layout("kernel")
@@ -36,6 +38,10 @@ def wavy(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The gradient of a smooth function without symmetries."""
     a, b = torch.randn_like(weight), torch.randn_like(weight)
     return lambda w: a * w + torch.sin(b * w) + b
+
+
+def test_hyper_parameters_are_the_columns_of_the_contract() -> None:
+    assert Hyper._fields == HYPER_COLUMNS
 
 
 @pytest.mark.parametrize(
@@ -257,12 +263,29 @@ def test_momentum_that_overflows_leaves_its_component(of: Manifold) -> None:
     w = place_(of, torch.randn(1, 2, 3, 3).half(), KERNEL)
     grad = torch.randn_like(w)
     grad[0, 0, 1, 1] = 60000
-    run = run_steps(step_, [w], [[grad]] * 2, [group(of)], [{"momentum": 0.9}])
-    once = run_steps(step_, [w], [[grad]], [group(of)], [{"momentum": 0.9}])
+    rows, hyper = [group(of, step_size="general")], [{"momentum": 0.9}]
+    once = run_steps(step_, [w], [[grad]], rows, hyper)
+    other = start([once.params[0][:, 1:]], rows, hyper)
+    other.momenta[0].copy_(once.momenta[0][:, 1:])
+    other.steps += 1
+    run = run_steps(step_, [w], [[grad]] * 2, rows, hyper)
     assert run.nonfinite.tolist() == [1]
     assert torch.equal(run.params[0][0, 0], once.params[0][0, 0])
     assert torch.equal(run.momenta[0][0, 0], grad[0, 0])
+    # The other steps as if it were alone: what overflowed has no part in the norm of the group.
+    run_steps(step_, other, [[grad[:, 1:]]], rows, hyper)
+    assert torch.equal(run.params[0][:, 1:], other.params[0])
     assert not torch.equal(run.params[0][0, 1], once.params[0][0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_stored_momentum_is_what_is_stepped_along(dtype: torch.dtype) -> None:
+    w = place_(Stiefel(), torch.randn(4, 3, 3, 3).to(dtype), KERNEL)
+    first, second = torch.randn_like(w), torch.randn_like(w)
+    once = run_steps(step_, [w], [[first]], [group(Stiefel())], [{"momentum": 0.9}])
+    twice = run_steps(step_, [w], [[first], [second]], [group(Stiefel())], [{"momentum": 0.9}])
+    along = run_steps(step_, once.params, [[twice.momenta[0]]], [group(Stiefel())], [{}])
+    assert torch.equal(along.params[0], twice.params[0])
 
 
 def test_a_parameter_of_non_finite_gradients_stays() -> None:
@@ -284,6 +307,30 @@ def test_huge_gradients_stay_on_the_manifold(of: Manifold, name: str, step_size:
     run = run_steps(step_, [w], grads, [group(of, retraction=name, step_size=step_size)], hyper)
     # Rounding of the elements to their type, as after any other step.
     assert F.weight_violation(of, run.params[0], KERNEL) <= 1.01 * torch.finfo(dtype).eps + 20 * EPS
+    assert run.nonfinite.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", list(HUGE), ids=str)
+@pytest.mark.parametrize("step_size", ["none", "general"])
+@pytest.mark.parametrize(("of", "name"), RETRACTIONS, ids=ids)
+def test_the_largest_gradients_of_all(of: Manifold, name: str, step_size: str, dtype: torch.dtype) -> None:
+    """Nesterov's look-ahead and every sum of them overflow; so does R in float64, where tau then is infinite."""
+    w = place_(of, torch.randn(3, 4, 3, 3).to(dtype), KERNEL)
+    grad = torch.randn_like(w).sign() * torch.finfo(dtype).max
+    hyper = [{"momentum": 0.9, "nesterov": 1}]
+    run = run_steps(step_, [w], [[grad]], [group(of, retraction=name, step_size=step_size)], hyper)
+    assert F.weight_violation(of, run.params[0], KERNEL) <= 1.01 * torch.finfo(dtype).eps + 20 * EPS
+    assert run.nonfinite.tolist() == [0]
+    assert step_size == "general" or not torch.equal(run.params[0], w)
+
+
+@pytest.mark.parametrize("name", ["cayley", "exp"])
+def test_long_steps_from_rounded_weights(name: str) -> None:
+    """Edelman's formula grows exponentially off the manifold, where weights of 8 bits always are."""
+    w = place_(Stiefel(), torch.randn(16, 16, 3, 3).bfloat16(), KERNEL)
+    grads = [[torch.randn_like(w) * 1e30] for _ in range(10)]
+    run = run_steps(step_, [w], grads, [group(Stiefel(), retraction=name)], [{}])
+    assert F.weight_violation(Stiefel(), run.params[0], KERNEL) <= 1.01 * torch.finfo(torch.bfloat16).eps
     assert run.nonfinite.tolist() == [0]
 
 

@@ -81,7 +81,7 @@ def test_euclidean_groups_equal_torch(options: dict[str, float], dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [o for o in OPTIONS if not o["nesterov"]], ids=name)
 def test_sixteen_bits_are_float32_rounded_when_stored(options: dict[str, float], dtype: torch.dtype) -> None:
-    """Second steps from the same 16-bit numbers: torch in float32 gives the buffer and, along its rounding, the weight."""
+    """Second steps from the same numbers: torch in float32 gives the buffer and, along its rounding, the weight."""
     w, first, second = (torch.randn(37).to(dtype) for _ in range(3))
     before = run_steps(step_, [w], [[first]], [group(Euclidean())], [options])
     run = run_steps(step_, [w], [[first], [second]], [group(Euclidean())], [options])

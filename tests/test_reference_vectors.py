@@ -176,6 +176,15 @@ def test_psi_weights_stay_finite(momentum: float, guard: float, dtype: torch.dty
         assert run.nonfinite.tolist() != [0]
 
 
+def test_the_stored_u_is_what_is_stepped_along() -> None:
+    w = torch.randn(4, 6).bfloat16()
+    grads = [torch.randn_like(w) for _ in range(2)]
+    rows, hyper = [group(ScaleInvariant())], [{"momentum": 0.9}]
+    once = run_steps(step_, [w], [[grads[0]]], rows, hyper)
+    twice = run_steps(step_, [w], [[g] for g in grads], rows, hyper)
+    assert torch.equal(twice.params[0], (once.params[0].double() + twice.momenta[0].double()).bfloat16())
+
+
 def transported(w: np.ndarray, d: np.ndarray) -> np.ndarray:
     """The rotation that carries w, and every tangent vector in parallel, along the geodesic of the tangent d."""
     return scipy.linalg.expm(np.outer(d, w) - np.outer(w, d))
@@ -256,6 +265,20 @@ def test_unit_norm_and_tangent_momentum_for_long(rule: str, dtype: torch.dtype) 
     # Each of the two vectors is rounded by at most eps/2 of its norm.
     assert float(((x * tau).sum(1).abs() / tau.norm(dim=1)).max()) <= 1.01 * eps + 4 * EPS
     assert run.variances[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("rule", ["sgd_g", "adam_g"])
+def test_what_rounding_adds_is_removed(rule: str) -> None:
+    """A weight off the unit sphere steps as the normalised one, and momentum along the weight is gone after a step."""
+    w = place_(Grassmann(), torch.randn(4, 9, dtype=torch.float64), FILTER)
+    grads = [[torch.randn_like(w)] for _ in range(2)]
+    rows, hyper = [group(Grassmann(), rule=rule)], [{"lr": 0.5, "momentum": 0.9}]
+    on = run_steps(step_, [w], grads, rows, hyper)
+    off = run_steps(step_, [1.25 * w], grads, rows, hyper)
+    torch.testing.assert_close(off.params[0], on.params[0], rtol=0, atol=20 * EPS)
+    off.momenta[0] += 0.3 * off.params[0]
+    run_steps(step_, off, [[torch.randn_like(w)]], rows, hyper)
+    assert float((off.params[0] * off.momenta[0]).sum(1).abs().max()) < 4 * EPS
 
 
 @pytest.mark.parametrize("rule", ["sgd_g", "adam_g"])

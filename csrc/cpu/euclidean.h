@@ -34,20 +34,11 @@ class Elements {
       const S* g = static_cast<const S*>(job.grad) + grad + begin;
       sweep<R>(end - begin, [&](int64_t i, auto tag) {
         using V = decltype(tag);
-        V x, y = V(R(0));
-        if constexpr (sizeof(V) == sizeof(R)) {
-          x = real(w[i]);
-          if (momentum.buffered && !momentum.first) y = real(m[i]);
-          update(x, real(g[i]), y);
-          if (momentum.buffered) put(m + i, y);
-          put(w + i, x);
-        } else {
-          x = load(w + i);
-          if (momentum.buffered && !momentum.first) y = load(m + i);
-          update(x, load(g + i), y);
-          if (momentum.buffered) store(m + i, y);
-          store(w + i, x);
-        }
+        V x = get_as<V>(w + i), y = V(R(0));
+        if (momentum.buffered && !momentum.first) y = get_as<V>(m + i);
+        update(x, get_as<V>(g + i), y);
+        if (momentum.buffered) put(m + i, y);
+        put(w + i, x);
       });
     });
   }

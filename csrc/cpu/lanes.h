@@ -8,6 +8,7 @@
 #include "cpu/job.h"
 #include "cpu/job_rules.h"
 #include "cpu/pass.h"
+#include "cpu/rows.h"
 #include "cpu/storage.h"
 #include "cpu/transpose.h"
 #include "manifolds/oblique.h"
@@ -50,7 +51,8 @@ struct StiefelMap {
     return stiefel::project(q, m, xi, size);
   }
   template <class T, class Size>
-  MK_FN static void retract(T* q, const T* xi, T step, T, Size size) {
+  MK_FN static void retract(T* q, const T* xi, T step, T square, Size size) {
+    if constexpr (Kind == Retraction::cayley || Kind == Retraction::exp) step = stiefel::cut(step, square);
     if constexpr (Kind == Retraction::qr) stiefel::retract_qr(q, xi, step, size);
     if constexpr (Kind == Retraction::polar) stiefel::retract_polar(q, xi, step, size);
     if constexpr (Kind == Retraction::cayley) stiefel::retract_cayley(q, xi, step, size);
@@ -58,94 +60,84 @@ struct StiefelMap {
   }
 };
 
-enum class Order { in_memory, in_lanes, staged };
-
+// Components as the kernels see them: numbers of the arithmetic type, either one matrix after the other, or with the same
+// element of all matrices side by side (`in_lanes`: channels_last weights lie so). In place where memory allows, else copied.
 template <class R>
-struct Block {
-  static constexpr int N = Pack<R>::lanes;
-  int64_t k;  // first component of the block, counted in the job
-  int used;
-  Order weight_order, grad_order;
-  int64_t weight[N], grad[N];
-  Mask<R> good;
+struct Tile {
+  static constexpr int elements = 2048;  // of each of w, g and m: together they stay in the first-level cache
+
+  int64_t k;  // first component, counted in the job
+  int count;  // components in it; whole registers are read, so that copies are padded with zeros
+  bool in_lanes, copied;
+  R *w, *m;
+  const R* g;
+  const int64_t *weight_element, *grad_element;  // in_lanes: where each element's row of lanes starts
 };
 
-// The components [k, end) of a job, at most a register full.
-template <class R>
-__attribute__((noinline)) void find_block(const Job& job, int64_t k, int64_t end, Block<R>& b) {
-  constexpr int N = Block<R>::N;
+template <class R, int Capacity>
+struct TileMemory {
+  static constexpr int size = Tile<R>::elements > Capacity * Pack<R>::lanes ? Tile<R>::elements : Capacity * Pack<R>::lanes;
+  alignas(64) R w[size], g[size], m[size];
+};
+
+// How many components from k on lie at one stride, and that stride.
+struct Run {
+  int64_t length, weight, grad, weight_step, grad_step;
+};
+
+MK_FN Run run_at(const Job& job, int64_t k, int64_t end) {
   const Geometry& geometry = *job.geometry;
-  const int64_t E = geometry.elements();
-  b.k = k;
-  b.used = end - k < N ? int(end - k) : N;
   const int inner = geometry.batch_dims - 1;
-  const int64_t first = job.component(k);
-  const bool run = !job.listed && b.used == N && inner >= 0 && first % geometry.size[inner] + N <= geometry.size[inner];
-  const int64_t weight_step = run ? geometry.weight_stride[inner] : 0, grad_step = run ? geometry.grad_stride[inner] : 0;
-  if (run) {
-    b.weight[0] = offset_of(geometry, geometry.weight_stride, first);
-    b.grad[0] = offset_of(geometry, geometry.grad_stride, first);
-    for (int l = 1; l < N; l++) {
-      b.weight[l] = b.weight[0] + l * weight_step;
-      b.grad[l] = b.grad[0] + l * grad_step;
-    }
-  } else {
-    for (int l = 0; l < b.used; l++) {
-      const int64_t component = job.component(k + l);
-      b.weight[l] = offset_of(geometry, geometry.weight_stride, component);
-      b.grad[l] = offset_of(geometry, geometry.grad_stride, component);
-    }
+  const int64_t component = job.component(k);
+  Run run{1, offset_of(geometry, geometry.weight_stride, component), offset_of(geometry, geometry.grad_stride, component), 0, 0};
+  if (!job.listed && inner >= 0) {
+    run.length = geometry.size[inner] - component % geometry.size[inner];
+    run.length = run.length < end - k ? run.length : end - k;
+    run.weight_step = geometry.weight_stride[inner];
+    run.grad_step = geometry.grad_stride[inner];
   }
-  if (run && weight_step == 1 && grad_step == 1) {
-    b.weight_order = b.grad_order = Order::in_lanes;
-  } else {
-    b.weight_order = run && weight_step == E && job.weight_in_order ? Order::in_memory : Order::staged;
-    b.grad_order = run && grad_step == E && job.grad_in_order ? Order::in_memory : Order::staged;
-  }
+  return run;
 }
 
-// E registers of a block's elements: one row a lane element (in_lanes), or N matrices one after the other.
-template <class R, int Capacity>
-__attribute__((noinline)) void read_any(const Job& job, const void* base, Order order, const int64_t* lane,
-                                        const int64_t* element, int used, int E, Pack<R>* rows) {
-  constexpr int N = Block<R>::N;
-  with_storage<R>(job.storage, [&](auto s) {
-    using S = decltype(s);
-    const S* memory = static_cast<const S*>(base);
-    if (order == Order::in_lanes) {
-      for (int e = 0; e < E; e++) rows[e] = load(memory + lane[0] + element[e]);
-    } else if (order == Order::in_memory) {
-      for (int e = 0; e < E; e++) rows[e] = load(memory + lane[0] + int64_t(e) * N);
-    } else {
-      S stage[Capacity * N];
-      for (int l = 0; l < used; l++)
-        for (int e = 0; e < E; e++) stage[l * E + e] = memory[lane[l] + element[e]];
-      for (int i = used * E; i < N * E; i++) put(stage + i, R(0));
-      for (int e = 0; e < E; e++) rows[e] = load(stage + int64_t(e) * N);
-    }
-  });
-}
-
-// The good lanes of a block back to memory; rows in the order that they were read in.
-template <class R, int Capacity>
-__attribute__((noinline)) void write_any(const Job& job, void* base, const Block<R>& b, bool all_good, int E,
-                                         const Pack<R>* rows) {
-  constexpr int N = Block<R>::N;
+// Copies `count` components from k on to or from memory of the arithmetic type, one after the other. `skip`: components
+// that are neither read (zeros instead) nor written.
+template <class R, class Size, bool Write>
+__attribute__((noinline)) void copy(const Job& job, void* base, bool grad, int64_t k, int count, Size size, const uint8_t* skip,
+                                    R* buffer) {
+  const int E = size.n * size.p;
+  const int64_t* element = grad ? job.grad_offset : job.weight_offset;
+  const bool in_order = grad ? job.grad_in_order : job.weight_in_order;
   with_storage<R>(job.storage, [&](auto s) {
     using S = decltype(s);
     S* memory = static_cast<S*>(base);
-    if (all_good && b.weight_order == Order::in_lanes) {
-      for (int e = 0; e < E; e++) store(memory + b.weight[0] + job.weight_offset[e], rows[e]);
-    } else if (all_good && b.weight_order == Order::in_memory) {
-      for (int e = 0; e < E; e++) store(memory + b.weight[0] + int64_t(e) * N, rows[e]);
-    } else {
-      S stage[Capacity * N];
-      for (int e = 0; e < E; e++) store(stage + int64_t(e) * N, rows[e]);
-      const bool in_lanes = b.weight_order == Order::in_lanes;
-      for (int l = 0; l < b.used; l++) {
-        if (!b.good.v[l]) continue;
-        for (int e = 0; e < E; e++)
-          memory[b.weight[l] + job.weight_offset[e]] = in_lanes ? stage[e * N + l] : stage[l * E + e];
+    for (int done = 0; done < count;) {
+      const Run run = run_at(job, k + done, k + count);
+      int64_t offset = grad ? run.grad : run.weight;
+      if (!skip && in_order && (grad ? run.grad_step : run.weight_step) == E) {
+        R* here = buffer + int64_t(done) * E;
+        sweep<R>(run.length * E, [&](int64_t i, auto tag) {
+          if constexpr (Write) put(memory + offset + i, at<decltype(tag)>(here + i));
+          if constexpr (!Write) to(here + i, get_as<decltype(tag)>(memory + offset + i));
+        });
+        done += int(run.length);
+        continue;
+      }
+      for (int64_t i = 0; i < run.length; i++, done++, offset += grad ? run.grad_step : run.weight_step) {
+        R* here = buffer + int64_t(done) * E;
+        if (skip && skip[done]) {
+          if (!Write)
+            for (int e = 0; e < E; e++) here[e] = R(0);
+        } else if (in_order) {
+          for (int e = 0; e < E; e++) {
+            if constexpr (Write) put(memory + offset + e, here[e]);
+            if constexpr (!Write) here[e] = real(memory[offset + e]);
+          }
+        } else {
+          for (int e = 0; e < E; e++) {
+            if constexpr (Write) put(memory + offset + element[e], here[e]);
+            if constexpr (!Write) here[e] = real(memory[offset + element[e]]);
+          }
+        }
       }
     }
   });
@@ -167,14 +159,16 @@ __attribute__((noinline)) double alone(const Job& job, int64_t k, bool second, c
   R buffer[Dynamic::capacity];
   for (int e = 0; e < E; e++) {
     const R gradient = momentum.gradient(R(0), get<R>(job.storage, job.grad, grad + job.grad_offset[e]));
+    const R old_weight = get<R>(job.storage, job.weight, weight + job.weight_offset[e]);
     R stored = gradient;
     if (momentum.buffered) {
       const R old = second || !momentum.first ? get<R>(job.storage, job.momentum, weight + job.weight_offset[e]) : R(0);
       stored = buffer[e] = second ? old : as_stored(job.storage, momentum.buffer(gradient, old));
     }
-    if (!(abs(gradient) <= StorageTraits<R>::largest) || !(abs(stored) <= StorageTraits<R>::largest)) return -1;
+    const auto finite = [](R x) { return abs(x) <= StorageTraits<R>::largest; };
+    if (!finite(gradient) || !finite(stored) || !finite(old_weight)) return -1;
     d[e] = wide.direction(Wide(gradient), Wide(stored));
-    q[e] = Wide(get<R>(job.storage, job.weight, weight + job.weight_offset[e])) / scale;
+    q[e] = Wide(old_weight) / scale;
   }
   const Wide square = Map::project(q, d, xi, size);
   if (momentum.buffered && !second)
@@ -187,7 +181,7 @@ __attribute__((noinline)) double alone(const Job& job, int64_t k, bool second, c
   return double(square);
 }
 
-// R is the arithmetic type. 16-bit storage is a branch where a block is read or written, not another body.
+// R is the arithmetic type; other storage is converted where a tile is copied.
 template <class R, class Map, class Size>
 class Lanes {
   using T = Pack<R>;
@@ -196,84 +190,172 @@ class Lanes {
   const Job& job;
   const Size size;
   const int E;
+  const int width;  // components of a tile
   const Momentum<R> momentum;
   const StepSize<R> step_size;
-  const bool native;  // storage is R itself
+  const bool native;    // storage is R itself
+  const bool reads_grad_twice;  // the second pass cannot have the direction from the buffer alone
   // Squares of directions up to here take the fast path: nothing overflows, and what is stored in 16 bits stays finite.
   const R largest_square;
 
-  // The commonest case in line, the others out of line.
-  MK_FN void read(const void* base, Order order, const int64_t* lane, const int64_t* element, int used, T* rows) const {
-    if (native && order == Order::in_memory) {
-      const R* memory = static_cast<const R*>(base) + lane[0];
-      for (int e = 0; e < E; e++) rows[e] = load(memory + int64_t(e) * N);
-    } else {
-      read_any<R, Size::capacity>(job, base, order, lane, element, used, E, rows);
+  // The tile from k on; `skip` tells components to leave out, which needs a copy.
+  Tile<R> tile_at(int64_t k, int64_t end, bool second, const uint8_t* skip, TileMemory<R, Size::capacity>& memory) const {
+    Tile<R> t;
+    const Run run = run_at(job, k, end);
+    t.k = k;
+    t.count = int(end - k < width ? end - k : width);
+    t.weight_element = job.weight_offset;
+    t.grad_element = job.grad_offset;
+    const int in_place = int(run.length < t.count ? run.length : t.count) / N * N;
+    const bool lanes = run.weight_step == 1 && run.grad_step == 1;
+    const bool ordered = run.weight_step == E && run.grad_step == E && job.weight_in_order && job.grad_in_order;
+    t.copied = !(native && !skip && in_place > 0 && (lanes || ordered));
+    t.in_lanes = !t.copied && lanes;
+    if (!t.copied) {
+      t.count = in_place;
+      t.w = static_cast<R*>(job.weight) + run.weight;
+      t.g = static_cast<const R*>(job.grad) + run.grad;
+      t.m = static_cast<R*>(job.momentum) + run.weight;
+      return t;
     }
+    t.w = memory.w;
+    t.g = memory.g;
+    t.m = memory.m;
+    const int padded = (t.count + N - 1) / N * N;
+    const auto take = [&](void* base, bool grad, R* into) {
+      copy<R, Size, false>(job, base, grad, k, t.count, size, skip, into);
+      for (int i = t.count * E; i < padded * E; i++) into[i] = R(0);
+    };
+    take(job.weight, false, memory.w);
+    if (!second || reads_grad_twice) take(const_cast<void*>(job.grad), true, memory.g);
+    if (momentum.buffered && (second || !momentum.first)) take(job.momentum, false, memory.m);
+    return t;
   }
-  MK_FN void write(void* base, const Block<R>& b, bool all_good, const T* rows) const {
-    if (native && all_good && b.weight_order == Order::in_memory) {
-      R* memory = static_cast<R*>(base) + b.weight[0];
-      for (int e = 0; e < E; e++) store(memory + int64_t(e) * N, rows[e]);
+
+  // f(offset in g, offset in w and m) over registers full of the tile's elements, in the order of memory.
+  template <class F>
+  MK_FN void each(const Tile<R>& t, const F& f) const {
+    const int padded = (t.count + N - 1) / N * N;
+    if (t.in_lanes) {
+      for (int e = 0; e < E; e++)
+        for (int l = 0; l < padded; l += N) f(t.grad_element[e] + l, t.weight_element[e] + l);
     } else {
-      write_any<R, Size::capacity>(job, base, b, all_good, E, rows);
+      for (int i = 0; i < padded * E; i += N) f(i, i);
     }
   }
 
-  MK_FN T scale_of(const Block<R>& b) const {
+  // The new buffer (the stored one in the second pass), or the gradient where there is none.
+  template <class V>
+  MK_FN V buffer_at(const Tile<R>& t, bool second, int64_t grad, int64_t weight) const {
+    if (second && momentum.buffered) return at<V>(t.m + weight);
+    const V gradient = momentum.gradient(V(R(0)), at<V>(t.g + grad));
+    if (!momentum.buffered) return gradient;
+    return as_stored(job.storage, momentum.buffer(gradient, momentum.first ? V(R(0)) : at<V>(t.m + weight)));
+  }
+
+  // Adds the squares of what a step is made of: where their sum is in range, nothing overflows.
+  template <class V>
+  MK_FN void add_squares(const Tile<R>& t, bool second, int64_t grad, int64_t weight, V& sum) const {
+    const V buffer = buffer_at<V>(t, second, grad, weight), w = at<V>(t.w + weight);
+    sum = fma(buffer, buffer, fma(w, w, sum));
+    if (momentum.nesterov) {
+      const V gradient = at<V>(t.g + grad);
+      sum = fma(gradient, gradient, sum);
+    }
+  }
+
+  // For all components of the tile at once.
+  MK_FN bool in_range(const Tile<R>& t, bool second) const {
+    T sum = T(R(0));
+    each(t, [&](int64_t grad, int64_t weight) { add_squares(t, second, grad, weight, sum); });
+    return !any(!(sum <= T(largest_square)));
+  }
+
+  // Momentum needs no matrix structure: it is updated in the order of memory.
+  MK_FN void update_momentum(const Tile<R>& t) const {
+    if (!momentum.buffered) return;
+    each(t, [&](int64_t grad, int64_t weight) { buffer_at<T>(t, false, grad, weight).store(t.m + weight); });
+  }
+
+  MK_FN void bring(const Tile<R>& t, const R* base, const int64_t* element, int l, T* x) const {
+    if (t.in_lanes) {
+      for (int e = 0; e < E; e++) x[e] = T::load(base + element[e] + l);
+    } else {
+      to_lanes(base + int64_t(l) * E, x, size);
+    }
+  }
+
+  // The direction of N components from l on, once the buffer is stored.
+  MK_FN void direction(const Tile<R>& t, int l, T* d) const {
+    if (momentum.buffered) {
+      bring(t, t.m, t.weight_element, l, d);
+      if (!momentum.nesterov) return;
+    }
+    T g[Size::capacity];
+    bring(t, t.g, t.grad_element, l, g);
+    for (int e = 0; e < E; e++) d[e] = momentum.direction(momentum.gradient(T(R(0)), g[e]), d[e]);
+  }
+
+  MK_FN T scale_of(const Tile<R>& t, int l) const {
     if (!job.scale_stride) return T(job.scales[0]);
     R scale[N];
-    for (int l = 0; l < N; l++) scale[l] = R(job.scale(b.k + (l < b.used ? l : 0)));
+    for (int i = 0; i < N; i++) scale[i] = R(job.scale(t.k + (l + i < t.count ? l + i : 0)));
     return T::load(scale);
   }
 
-  MK_FN void bring(const T* rows, Order order, T* x) const {
-    if (order == Order::in_lanes) {
-      for (int e = 0; e < E; e++) x[e] = rows[e];
-    } else {
-      to_lanes(rows, x, size);
+  // For each component: the ones to leave out of the tile.
+  __attribute__((noinline)) void find_out_of_range(const Tile<R>& t, bool second, uint8_t* out) const {
+    for (int i = 0; i < t.count; i++) {
+      R sum = R(0);
+      for (int e = 0; e < E; e++) {
+        const int64_t inside = int64_t(i) * E + e;
+        add_squares(t, second, t.in_lanes ? t.grad_element[e] + i : inside, t.in_lanes ? t.weight_element[e] + i : inside, sum);
+      }
+      out[i] = !(sum <= largest_square);
     }
   }
 
-  // Reads what the step needs into lanes: q = w/s and the direction d. The first pass stores nothing yet: new buffers are
-  // left in `buffer` in memory order.
-  MK_FN void direction(const Block<R>& b, bool second, T scale, T* q, T* d, T* buffer) const {
-    T rows[Size::capacity];
-    const Order order = b.weight_order;
-    if (!second || !momentum.buffer_is_direction()) {
-      read(job.grad, b.grad_order, b.grad, job.grad_offset, b.used, rows);
-      for (int e = 0; e < E; e++) rows[e] = momentum.gradient(T(R(0)), rows[e]);
+  // Sums that the first pass keeps over the tiles; Kahan's, so that the length of a chunk costs no accuracy.
+  struct Sums {
+    T sum = T(R(0)), lost = T(R(0));
+    MK_FN void add(T x) {
+      const T term = x - lost, next = sum + term;
+      lost = (next - sum) - term;
+      sum = next;
     }
-    if (momentum.buffered) {
-      if (second || !momentum.first) read(job.momentum, order, b.weight, job.weight_offset, b.used, buffer);
-      for (int e = 0; e < E; e++) {
-        if (!second) buffer[e] = as_stored(job.storage, momentum.buffer(rows[e], buffer[e]));
-        rows[e] = momentum.direction(rows[e], buffer[e]);
+  };
+
+  // The matrix part of a pass. `far`: set for components whose step leaves the range; they keep their weight.
+  MK_FN bool step_tile(const Pass& pass, const Tile<R>& t, Sums& sums, uint8_t* far) const {
+    bool all_near = true;
+    for (int l = 0; l < t.count; l += N) {
+      T q[Size::capacity], d[Size::capacity], xi[Size::capacity];
+      const T scale = scale_of(t, l), inverse = T(R(1)) / scale;
+      direction(t, l, d);
+      bring(t, t.w, t.weight_element, l, q);
+      for (int e = 0; e < E; e++) q[e] = q[e] * inverse;
+      const T square = Map::project(q, d, xi, size);
+      if (pass.kind == Pass::first) {
+        sums.add(square);
+        continue;
+      }
+      const T step = -(pass.kind == Pass::second ? T(pass.step) : step_size(square)) * inverse;
+      const auto near = step * step * square <= T(Limits<R>::huge_square);
+      Map::retract(q, xi, step, square, size);
+      for (int e = 0; e < E; e++) q[e] = q[e] * scale;
+      if (any(!near)) {
+        bring(t, t.w, t.weight_element, l, d);
+        for (int e = 0; e < E; e++) q[e] = select(near, q[e], d[e]);
+        for (int i = 0; i < N && l + i < t.count; i++) far[l + i] = !near.v[i];
+        all_near = false;
+      }
+      if (t.in_lanes) {
+        for (int e = 0; e < E; e++) q[e].store(t.w + t.weight_element[e] + l);
+      } else {
+        from_lanes(q, t.w + int64_t(l) * E, size);
       }
     }
-    bring(rows, order, d);
-    read(job.weight, order, b.weight, job.weight_offset, b.used, rows);
-    bring(rows, order, q);
-    const T inverse = T(R(1)) / scale;
-    for (int e = 0; e < E; e++) q[e] = q[e] * inverse;
-  }
-
-  MK_FN void write_weight(const Block<R>& b, bool all_good, T scale, T* q) const {
-    for (int e = 0; e < E; e++) q[e] = q[e] * scale;
-    if (b.weight_order == Order::in_lanes) {
-      write(job.weight, b, all_good, q);
-    } else {
-      T rows[Size::capacity];
-      to_rows(q, rows, size);
-      write(job.weight, b, all_good, rows);
-    }
-  }
-
-  // Takes lanes beyond the block's end out of `good`; true where every lane is good.
-  MK_FN static bool settle(Block<R>& b) {
-    const bool all_good = !any(!b.good) && b.used == N;
-    for (int l = b.used; l < N; l++) b.good.v[l] = 0;
-    return all_good;
+    return all_near;
   }
 
  public:
@@ -281,59 +363,57 @@ class Lanes {
       : job(job),
         size(size),
         E(size.n * size.p),
+        width(Tile<R>::elements / (E * N) > 0 ? Tile<R>::elements / (E * N) * N : N),
         momentum(momentum_of<R>(job)),
         step_size(step_size_of<R>(job)),
         native(job.storage == (sizeof(R) == 4 ? Storage::float32 : Storage::float64)),
+        reads_grad_twice(!momentum.buffer_is_direction()),
         largest_square(job.storage == Storage::float16
                            ? R(StorageTraits<Float16>::largest) * R(StorageTraits<Float16>::largest)
                            : Limits<R>::huge_square) {}
 
-  // One body for the three passes: they share all but the step size and what is stored.
   void run(const Pass& pass) const {
     const bool first = pass.kind == Pass::first, second = pass.kind == Pass::second;
-    T sum = T(R(0)), lost = T(R(0));  // Kahan's sum, so that the length of a chunk costs no accuracy
+    TileMemory<R, Size::capacity> memory;
+    uint8_t left_out[TileMemory<R, 1>::size], far[TileMemory<R, 1>::size];
+    Sums sums;
     double alone_squares = 0;
-    Block<R> b;
-    for (int64_t k = pass.begin; k < pass.end; k += N) {
-      find_block(job, k, pass.end, b);
-      T q[Size::capacity], d[Size::capacity], xi[Size::capacity], buffer[Size::capacity];
-      const T scale = scale_of(b);
-      direction(b, second, scale, q, d, buffer);
-      const T square = Map::project(q, d, xi, size);
-      b.good = square_norm(d, E) <= T(largest_square);
-      T step = T(R(0));
-      if (!first) {
-        step = -(second ? T(pass.step) : step_size(square)) / scale;
-        b.good = b.good & (step * step * square <= T(Limits<R>::huge_square));
+    for (int64_t k = pass.begin; k < pass.end;) {
+      const uint8_t* skip = nullptr;
+      Tile<R> t = tile_at(k, pass.end, second, skip, memory);
+      if ((second && pass.skipped) || !in_range(t, second)) {
+        find_out_of_range(t, second, left_out);
+        if (second && pass.skipped)
+          for (int i = 0; i < t.count; i++) left_out[i] |= pass.skipped[k + i];
+        skip = left_out;
+        t = tile_at(k, k + t.count, second, skip, memory);
       }
-      if (second && pass.skipped)
-        for (int l = 0; l < b.used; l++)
-          if (pass.skipped[b.k + l]) b.good.v[l] = 0;
-      const bool all_good = settle(b);
-      if (first) {
-        const T term = select(b.good, square, T(R(0))) - lost, next = sum + term;
-        lost = (next - sum) - term;
-        sum = next;
+      for (int i = 0; i < t.count; i++) far[i] = 0;
+      if (!second) update_momentum(t);
+      const bool all_near = step_tile(pass, t, sums, far);
+      if (t.copied) {
+        if (!first) copy<R, Size, true>(job, job.weight, false, k, t.count, size, skip, memory.w);
+        if (!second && momentum.buffered) copy<R, Size, true>(job, job.momentum, false, k, t.count, size, skip, memory.m);
       }
-      if (!second && momentum.buffered) write(job.momentum, b, all_good, buffer);
-      if (!first) {
-        Map::retract(q, xi, step, square, size);
-        write_weight(b, all_good, scale, q);
-      }
-      if (all_good) continue;
-      for (int l = 0; l < b.used; l++) {
-        if (b.good.v[l] || (second && pass.skipped && pass.skipped[b.k + l])) continue;
-        const double stop = __builtin_nan("");
-        const double lone = alone<R, Map>(job, b.k + l, second, first ? &stop : second ? &pass.step : nullptr);
-        if (lone >= 0) {
-          alone_squares += lone;
-        } else if (!second) {
-          pass.out->nonfinite++;
-          if (first) pass.newly_skipped[b.k + l] = 1;
+      if (skip || !all_near) {
+        for (int i = 0; i < t.count; i++) {
+          const bool out = skip && skip[i];
+          if (!(out || far[i]) || (second && pass.skipped && pass.skipped[k + i])) continue;
+          // A far component has its momentum already.
+          const double stop = __builtin_nan("");
+          const double square =
+              alone<R, Map>(job, k + i, second || far[i], first ? &stop : second ? &pass.step : nullptr);
+          if (square >= 0) {
+            alone_squares += square;
+          } else if (!second) {
+            pass.out->nonfinite++;
+            if (first) pass.newly_skipped[k + i] = 1;
+          }
         }
       }
+      k += t.count;
     }
-    if (first) pass.out->square += total(sum) + alone_squares;
+    if (first) pass.out->square += total(sums.sum) + alone_squares;
   }
 };
 

@@ -1,6 +1,24 @@
 #include "cpu/library.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/linalg_matrix_exp.h>
+#include <ATen/ops/linalg_qr.h>
+#include <ATen/ops/linalg_solve.h>
+#include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/linalg_svd.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "cpu/job_rules.h"
 
@@ -31,6 +49,10 @@ void write_back(const Job& job, at::Tensor& tensor, const at::Tensor& which, con
   at::Tensor view = strided(g, tensor, g.weight_stride);
   view.copy_(all.reshape(view.sizes()));
 }
+
+// Steps are cut to these lengths, in units of the scale. Of a longer one nothing is left but its direction (QR, polar), or
+// a rotation by many turns, whose angle rounding has lost (Cayley, exp), while the matrices that they need would overflow.
+constexpr double longest_step = 1e30, longest_turn = 64;
 
 at::Tensor polar_factor(const at::Tensor& Y) {
   const auto [U, S, Vh] = at::linalg_svd(Y, false);
@@ -78,31 +100,39 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
 
   at::Tensor d = take(grad, g.grad_stride);
   if (job.hyper.maximize != 0) d = -d;
-  at::Tensor usable = d.isfinite().flatten(1).all(1);
+  const at::Tensor W = take(weight, g.weight_stride);
+  const at::Tensor placed = W.isfinite().flatten(1).all(1);
+  at::Tensor usable = d.isfinite().flatten(1).all(1).logical_and(placed);
   at::Tensor buffer, old;
   if (momentum.defined()) {
     old = take(momentum, g.weight_stride);
     buffer = job.first_step ? d : (old * job.hyper.momentum).add(d, 1 - job.hyper.dampening);
     buffer = buffer.to(weight.scalar_type()).to(arithmetic);
     usable = usable.logical_and(buffer.isfinite().flatten(1).all(1));
-    d = job.hyper.nesterov != 0 ? d.add(buffer, job.hyper.momentum) : buffer;
   }
   const at::Tensor column = usable.view({-1, 1, 1});
+  const auto clean = [&](const at::Tensor& x) { return at::where(column, x, at::zeros_like(x)); };
+  const auto largest = [](const at::Tensor& x) { return x.abs().flatten(1).amax(1).to(at::kDouble); };
+  const bool ahead = momentum.defined() && job.hyper.nesterov != 0;
+  const at::Tensor gradient = clean(d);
+  d = momentum.defined() ? clean(buffer) : gradient;
   // Directions of length about one, so that no square overflows; their size comes back as a factor in double.
-  const at::Tensor size = at::where(column, d, at::zeros_like(d)).abs().flatten(1).amax(1).to(at::kDouble);
+  const at::Tensor size = ahead ? at::maximum(largest(d), largest(gradient)) : largest(d);
   const at::Tensor safe = at::where(size > 0, size, at::ones_like(size));
-  d = at::where(column, d, at::zeros_like(d)) / safe.to(arithmetic).view({-1, 1, 1});
+  const at::Tensor divisor = safe.to(arithmetic).view({-1, 1, 1});
+  d = ahead ? (gradient / divisor).add(d / divisor, job.hyper.momentum) : d / divisor;
 
   const at::Tensor scales =
       at::from_blob(const_cast<double*>(job.scales), {job.scale_stride ? job.count : 1}, at::TensorOptions().dtype(at::kDouble))
           .expand({job.count});
   const at::Tensor s = scales.to(arithmetic).view({-1, 1, 1});
-  const at::Tensor W = take(weight, g.weight_stride), Q = W / s;
+  const at::Tensor Q = at::where(placed.view({-1, 1, 1}), W / s, at::eye(g.n, g.p, W.options()));
   const at::Tensor QD = Q.mT().matmul(d);
   const at::Tensor xi = d - Q.matmul(QD + QD.mT()) / 2;
 
   const StepSize<double> step_size = step_size_of<double>(job);
-  at::Tensor squares = xi.to(at::kDouble).square().flatten(1).sum(1) * safe.square();
+  const at::Tensor norm = xi.to(at::kDouble).square().flatten(1).sum(1).sqrt();
+  const at::Tensor squares = (norm * safe).square();
   at::Tensor factor;
   if (job.individual) {
     factor = at::empty_like(squares);
@@ -110,9 +140,10 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
   } else {
     factor = at::full_like(squares, step_size(squares.sum().item<double>()));
   }
-  const at::Tensor lengths = factor * squares.sqrt() / scales;
-  const double longest = job.count ? lengths.max().item<double>() : 0.0;
-  const at::Tensor V = xi * (-factor * safe / scales).to(arithmetic).view({-1, 1, 1});
+  const double limit = job.retraction == Retraction::cayley || job.retraction == Retraction::exp ? longest_turn : longest_step;
+  const at::Tensor stretch = at::where(norm > 0, at::minimum(factor * safe / scales, limit / norm), at::zeros_like(norm));
+  const double longest = (stretch * norm).max().item<double>();
+  const at::Tensor V = (xi * -stretch.view({-1, 1, 1})).to(arithmetic);
 
   at::Tensor next;
   switch (job.retraction) {

@@ -122,11 +122,7 @@ void gather(const Job& job, const Span& span, const void* base, const int64_t* s
     if constexpr (sizeof(A) == sizeof(R)) {
       if (span.dense) {
         sweep<R>(span.length, [&](int64_t i, auto tag) {
-          if constexpr (sizeof(tag) == sizeof(R)) {
-            into[i] = real(memory[start + i]);
-          } else {
-            load(memory + start + i).store(into + i);
-          }
+          to(into + i, get_as<decltype(tag)>(memory + start + i));
         });
         return;
       }
@@ -143,11 +139,7 @@ void scatter(const Job& job, const Span& span, void* base, const A* from) {
     if constexpr (sizeof(A) == sizeof(R)) {
       if (span.dense) {
         sweep<R>(span.length, [&](int64_t i, auto tag) {
-          if constexpr (sizeof(tag) == sizeof(R)) {
-            put(memory + span.weight + i, from[i]);
-          } else {
-            store(memory + span.weight + i, tag.load(from + i));
-          }
+          put(memory + span.weight + i, at<decltype(tag)>(from + i));
         });
         return;
       }

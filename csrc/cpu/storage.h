@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/job.h"
 #include "cpu/pack.h"
@@ -134,6 +135,20 @@ MK_FN void with_storage(Storage storage, const F& f) {
         return f(float{});
     }
   }
+}
+
+// One element, or the register full of elements from p on, as V says.
+template <class V, class S>
+MK_FN V get_as(const S* p) {
+  if constexpr (std::is_same<V, decltype(real(*p))>::value) {
+    return real(*p);
+  } else {
+    return load(p);
+  }
+}
+template <class S, class R>
+MK_FN void put(S* p, Pack<R> x) {
+  store(p, x);
 }
 
 // What storing x and loading it again gives.

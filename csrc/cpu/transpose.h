@@ -1,12 +1,11 @@
-// From N matrices of E elements each, one after the other in E registers, to E registers with one lane a matrix, and back.
+// Between N matrices of E elements, one after the other in memory, and E registers with one lane a matrix.
 //
-// Where gcd(E, N) = 1, lane l's element j sits at position (9 l + j) mod N of some register (E = 9), another position for
-// every l: row j is put together by masked blends of the E registers, one permutation brings it into order. That is far
-// cheaper than gathers. Other sizes go through memory.
+// Floats go eight elements at a time through 8 x 8 transpositions in registers (three shuffles an element of the matrix and
+// register); all odd squares leave one element over, which is collected by itself. Measured against masked blends of whole
+// registers with one permutation a row: those need a constant mask for every blend, which costs more than the blend.
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "cpu/pack.h"
 #include "size.h"
@@ -15,113 +14,117 @@ namespace mk {
 namespace MK_ISA {
 namespace {
 
-template <class R>
-constexpr bool has_permutation = register_bytes == 64 || (register_bytes == 32 && sizeof(R) == 4);
-
-// Index vectors of row J: `from[l]` is where lane l's element sits, `to` the inverse.
-template <class R, int E, int J>
-struct Row {
-  using Index = decltype(typename Vectors<R>::mask{});
-  static constexpr int N = Pack<R>::lanes;
-  struct Table {
-    alignas(64) typename std::conditional<sizeof(R) == 4, int32_t, int64_t>::type from[N], to[N];
-  };
-  static constexpr Table make() {
-    Table t{};
-    for (int l = 0; l < N; l++) {
-      t.from[l] = (E * l + J) % N;
-      t.to[(E * l + J) % N] = l;
-    }
-    return t;
-  }
-  static constexpr Table table = make();
-  // Positions of register K that belong to row J.
-  static constexpr unsigned positions(int K) {
-    unsigned mask = 0;
-    for (int l = 0; l < N; l++)
-      if ((E * l + J) / N == K) mask |= 1u << ((E * l + J) % N);
-    return mask;
-  }
-};
-
-template <unsigned Mask, class R>
-MK_FN Pack<R> blend(Pack<R> a, Pack<R> b) {
-  if constexpr (Mask == 0) return a;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_mask_mov_ps(a.v, __mmask16(Mask), b.v));
-  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_mask_mov_pd(a.v, __mmask8(Mask), b.v));
+constexpr bool has_eights = true;
+
+MK_FN __m512 two(const float* low, const float* high) {
+  return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(_mm256_loadu_ps(low))),
+                                             _mm256_castps_pd(_mm256_loadu_ps(high)), 1));
+}
+
+// 4 x 4 transpositions inside the 128-bit parts.
+MK_FN void fours(__m512& a, __m512& b, __m512& c, __m512& d) {
+  const __m512 s = _mm512_unpacklo_ps(a, b), t = _mm512_unpackhi_ps(a, b), u = _mm512_unpacklo_ps(c, d),
+               v = _mm512_unpackhi_ps(c, d);
+  a = _mm512_shuffle_ps(s, u, 0x44);
+  b = _mm512_shuffle_ps(s, u, 0xee);
+  c = _mm512_shuffle_ps(t, v, 0x44);
+  d = _mm512_shuffle_ps(t, v, 0xee);
+}
+
+// Elements 0 … 7 of 16 matrices that are E apart.
+MK_FN void load_eight(const float* p, int E, Pack<float>* x) {
+  __m512 a[4], b[4];
+  for (int i = 0; i < 4; i++) a[i] = two(p + i * E, p + (4 + i) * E);
+  for (int i = 0; i < 4; i++) b[i] = two(p + (8 + i) * E, p + (12 + i) * E);
+  fours(a[0], a[1], a[2], a[3]);
+  fours(b[0], b[1], b[2], b[3]);
+  for (int i = 0; i < 4; i++) {
+    x[i].v = _mm512_shuffle_f32x4(a[i], b[i], 0x88);
+    x[4 + i].v = _mm512_shuffle_f32x4(a[i], b[i], 0xdd);
+  }
+}
+
+MK_FN void store_eight(const Pack<float>* x, float* p, int E) {
+  __m512 a[4], b[4];
+  for (int i = 0; i < 4; i++) {
+    a[i] = x[i].v;
+    b[i] = x[4 + i].v;
+  }
+  fours(a[0], a[1], a[2], a[3]);
+  fours(b[0], b[1], b[2], b[3]);
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int i = 0; i < 4; i++) {
+    const __m512d first = _mm512_castps_pd(a[i]), second = _mm512_castps_pd(b[i]);
+    const __m512d l = _mm512_permutex2var_pd(first, low, second), h = _mm512_permutex2var_pd(first, high, second);
+    _mm256_storeu_pd(reinterpret_cast<double*>(p + i * E), _mm512_castpd512_pd256(l));
+    _mm256_storeu_pd(reinterpret_cast<double*>(p + (4 + i) * E), _mm512_extractf64x4_pd(l, 1));
+    _mm256_storeu_pd(reinterpret_cast<double*>(p + (8 + i) * E), _mm512_castpd512_pd256(h));
+    _mm256_storeu_pd(reinterpret_cast<double*>(p + (12 + i) * E), _mm512_extractf64x4_pd(h, 1));
+  }
+}
+
 #elif defined(__AVX2__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm256_blend_ps(a.v, b.v, int(Mask)));
+constexpr bool has_eights = true;
+
+MK_FN void eights(__m256* r) {
+  __m256 t[8];
+  for (int h = 0; h < 8; h += 4) {
+    const __m256 s = _mm256_unpacklo_ps(r[h], r[h + 1]), u = _mm256_unpackhi_ps(r[h], r[h + 1]),
+                 v = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), w = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
+    t[h] = _mm256_shuffle_ps(s, v, 0x44);
+    t[h + 1] = _mm256_shuffle_ps(s, v, 0xee);
+    t[h + 2] = _mm256_shuffle_ps(u, w, 0x44);
+    t[h + 3] = _mm256_shuffle_ps(u, w, 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+  }
+}
+
+MK_FN void load_eight(const float* p, int E, Pack<float>* x) {
+  __m256 r[8];
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(p + i * E);
+  eights(r);
+  for (int i = 0; i < 8; i++) x[i].v = r[i];
+}
+
+MK_FN void store_eight(const Pack<float>* x, float* p, int E) {
+  __m256 r[8];
+  for (int i = 0; i < 8; i++) r[i] = x[i].v;
+  eights(r);
+  for (int i = 0; i < 8; i++) _mm256_storeu_ps(p + i * E, r[i]);
+}
+
+#else
+constexpr bool has_eights = false;
+MK_FN void load_eight(const float*, int, Pack<float>*) {}
+MK_FN void store_eight(const Pack<float>*, float*, int) {}
 #endif
-  return a;
-}
-
-template <class R, class I>
-MK_FN Pack<R> permute(Pack<R> x, const I* index) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_permutexvar_ps(_mm512_load_si512(index), x.v));
-  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_permutexvar_pd(_mm512_load_si512(index), x.v));
-#elif defined(__AVX2__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm256_permutevar8x32_ps(x.v, _mm256_load_si256((const __m256i*)index)));
-#endif
-  return x;
-}
-
-template <int E, int J, class R, int... K>
-MK_FN Pack<R> to_lane(const Pack<R>* rows, std::integer_sequence<int, K...>) {
-  Pack<R> x = rows[0];
-  ((x = blend<Row<R, E, J>::positions(K)>(x, rows[K])), ...);
-  return permute(x, Row<R, E, J>::table.from);
-}
-
-template <int E, int K, class R, int... J>
-MK_FN Pack<R> to_row(const Pack<R>* scattered, std::integer_sequence<int, J...>) {
-  Pack<R> x = scattered[0];
-  ((x = blend<Row<R, E, J>::positions(K)>(x, scattered[J])), ...);
-  return x;
-}
-
-template <int E, class R, int... J>
-MK_FN void to_lanes(const Pack<R>* rows, Pack<R>* x, std::integer_sequence<int, J...> all) {
-  ((x[J] = to_lane<E, J>(rows, all)), ...);
-}
-
-template <int E, class R, int... J>
-MK_FN void to_rows(const Pack<R>* x, Pack<R>* rows, std::integer_sequence<int, J...> all) {
-  Pack<R> scattered[E];
-  ((scattered[J] = permute(x[J], Row<R, E, J>::table.to)), ...);
-  ((rows[J] = to_row<E, J>(scattered, all)), ...);
-}
-
-template <class Size, class R>
-constexpr bool in_registers = !std::is_same<Size, Dynamic>::value && has_permutation<R> && Size::capacity % 2 == 1 &&
-                              (Size::capacity > 1);
 
 template <class R, class Size>
-MK_FN void to_lanes(const Pack<R>* rows, Pack<R>* x, Size size) {
-  constexpr int N = Pack<R>::lanes;
-  if constexpr (in_registers<Size, R>) {
-    to_lanes<Size::capacity>(rows, x, std::make_integer_sequence<int, Size::capacity>());
-  } else {
-    const int E = size.n * size.p;
-    R memory[Size::capacity * N];
-    for (int e = 0; e < E; e++) rows[e].store(memory + e * N);
-    for (int e = 0; e < E; e++)
-      for (int l = 0; l < N; l++) x[e].v[l] = memory[l * E + e];
+MK_FN void to_lanes(const R* p, Pack<R>* x, Size size) {
+  const int E = size.n * size.p;
+  int e = 0;
+  if constexpr (has_eights && std::is_same<R, float>::value) {
+    for (; e + 8 <= E; e += 8) load_eight(p + e, E, x + e);
   }
+  for (; e < E; e++)
+    for (int l = 0; l < Pack<R>::lanes; l++) x[e].v[l] = p[l * E + e];
 }
 
 template <class R, class Size>
-MK_FN void to_rows(const Pack<R>* x, Pack<R>* rows, Size size) {
-  constexpr int N = Pack<R>::lanes;
-  if constexpr (in_registers<Size, R>) {
-    to_rows<Size::capacity>(x, rows, std::make_integer_sequence<int, Size::capacity>());
-  } else {
-    const int E = size.n * size.p;
-    R memory[Size::capacity * N];
-    for (int e = 0; e < E; e++)
-      for (int l = 0; l < N; l++) memory[l * E + e] = x[e].v[l];
-    for (int e = 0; e < E; e++) rows[e] = Pack<R>::load(memory + e * N);
+MK_FN void from_lanes(const Pack<R>* x, R* p, Size size) {
+  const int E = size.n * size.p;
+  int e = 0;
+  if constexpr (has_eights && std::is_same<R, float>::value) {
+    for (; e + 8 <= E; e += 8) store_eight(x + e, p + e, E);
+  }
+  for (; e < E; e++) {
+    R one[Pack<R>::lanes];
+    x[e].store(one);
+    for (int l = 0; l < Pack<R>::lanes; l++) p[l * E + e] = one[l];
   }
 }
 

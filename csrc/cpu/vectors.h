@@ -28,6 +28,9 @@ class Vector {
   A *w, *fresh, *m;
   const A* g;
   bool weight_staged, momentum_staged;
+  struct {
+    Scalar qq, qm, square;
+  } sums;  // as in VectorState, where the squares of doubles would overflow
 
   // Elements beyond this in a 16-bit buffer would be stored as infinity.
   Scalar largest() const {
@@ -95,17 +98,18 @@ class Vector {
 
   // --- FG-SGD on the sphere -------------------------------------------------------------------------------------------
 
-  // Whether the new buffer is finite, computed and thrown away.
+  // Whether weight, gradient and new buffer are finite; the buffer is computed and thrown away.
   bool finite() const {
     for (int64_t i = 0; i < n; i++) {
       const A grad = momentum.gradient(A(0), g[i]);
       const A kept = momentum.buffered ? new_buffer(grad, momentum.first ? A(0) : m[i]) : grad;
-      if (!(Scalar(abs(grad)) <= largest()) || !(Scalar(abs(kept)) <= largest())) return false;
+      if (!(Scalar(abs(grad)) <= largest()) || !(Scalar(abs(kept)) <= largest()) || !(Scalar(abs(w[i])) <= largest()))
+        return false;
     }
     return true;
   }
 
-  // The direction d into `fresh`, with its sums. False where the vector must be left to the wide type, or as it is.
+  // The direction d into `fresh`, with its sums. False where the vector must be left to the wide type.
   bool direct(bool second, VectorState& state) {
     Sum<A> qq, qm, mm;
     each([&](int64_t i, auto tag) {
@@ -131,14 +135,8 @@ class Vector {
       mm.add(d, d);
     });
     const Scalar square = mm.value();
-    if (wide) {
-      if (!all_within(fresh, largest())) return false;
-    } else if (!(square <= fast_square())) {
-      return false;
-    }
+    if (!wide && !(square <= fast_square() && qq.value() <= fast_square())) return false;
     const Scalar inner = qm.value() / scale, norm = qq.value() / (scale * scale);
-    state.qq = double(norm);
-    state.qm = double(inner);
     // ||m - qm q||^2 = mm - qm^2 (2 - qq) cancels where m is nearly radial: the difference is taken anew, element by element.
     Scalar tangent = square - inner * inner * (2 - norm);
     if (tangent < square * (sizeof(A) == 4 ? Scalar(1e-6) : Scalar(0.25))) {
@@ -150,13 +148,19 @@ class Vector {
       });
       tangent = direct_square.value();
     }
+    sums = {norm, inner, tangent};
+    state.qq = double(norm);
+    state.qm = double(inner);
     state.square = double(tangent);
     state.skipped = false;
     return true;
   }
 
-  // Takes d from the stored buffer instead of direct().
-  void direction_is_buffer() { fresh = m; }
+  // Takes d from the stored buffer, and its sums from the first pass, instead of direct().
+  void direction_is_buffer(const VectorState& state) {
+    fresh = m;
+    sums = {state.qq, state.qm, state.square};
+  }
 
   // d, from what direct() or direction_is_buffer() left in `fresh`.
   template <class V>
@@ -181,8 +185,8 @@ class Vector {
   }
 
   // W <- R_W(-step xi), with d in `fresh`.
-  void retract(Scalar step, const VectorState& state, bool second) {
-    const Scalar v = -step / scale, qq = state.qq, qm = state.qm, square = state.square;
+  void retract(Scalar step, bool second) {
+    const Scalar v = -step / scale, qq = sums.qq, qm = sums.qm, square = sums.square;
     const auto arc = job.retraction == Retraction::exp ? sphere::exp(v, square) : sphere::projection(v);
     const Scalar norm_square = arc.a * arc.a * qq + 2 * arc.a * arc.b * qm * (1 - qq) + arc.b * arc.b * square;
     const Scalar inverse = norm_square > 0 ? 1 / sqrt(norm_square) : Scalar(1);
@@ -249,7 +253,8 @@ class Vector {
       using V = decltype(tag);
       V u = scale_invariant::velocity(old ? at<V>(m + i) : V(A(0)), at<V>(g + i), V(rho), V(minus_rate));
       if constexpr (wide) {
-        fits = fits && Scalar(abs(u)) <= largest() && Scalar(abs(g[i])) <= largest();
+        if (job.momentum) u = V(as_stored(job.storage, R(u)));
+        fits = fits && Scalar(abs(g[i])) <= largest() && !(job.momentum && !(Scalar(abs(u)) <= largest()));
       } else if (job.momentum) {
         u = as_stored(job.storage, u);
       }
@@ -258,12 +263,12 @@ class Vector {
       if (job.momentum) to(fresh + i, u);
       after.add(x, x);
     });
-    if (!fits) return false;
     if (after.value() > Scalar(h.guard) * Scalar(h.guard)) {
       const Scalar inverse = 1 / sqrt(after.value());
       rescale(w, inverse);
       if (job.momentum) rescale(fresh, inverse);
     }
+    if (wide && !(fits && all_within(w, largest()))) return false;
     store_weight();
     store_momentum();
     return true;
@@ -290,7 +295,7 @@ class Vector {
              : !(gg.value() <= fast_square() && tt.value() <= fast_square()))
       return false;
     const Scalar norm = sqrt(ww.value());
-    if (!(norm > 0)) return true;  // no direction to turn: stays zero
+    if (!(norm > 0)) return norm == 0;  // no direction to turn: stays zero
     const Scalar sign = h.maximize != 0 ? -1 : 1;
     const A inverse = A(1 / norm), inner = A(wg.value() / norm);
     Sum<A> hh;
@@ -409,17 +414,18 @@ class Vectors {
       if (narrow.short_enough(step, state)) {
         VectorState same;
         if (job.momentum && job.hyper.nesterov == 0) {
-          narrow.direction_is_buffer();
+          narrow.direction_is_buffer(state);
         } else {
           narrow.direct(true, same);
         }
-        return narrow.retract(step, state, true);
+        return narrow.retract(step, true);
       }
     }
     Scratch<Wide> wide_scratch(length());
     Vector<R, Wide> wide(job, vector, wide_scratch.memory, true);
     VectorState again;
-    if (wide.direct(true, again)) wide.retract(step, again, true);
+    wide.direct(true, again);
+    wide.retract(step, true);
   }
 
   // All columns of a component, or none.

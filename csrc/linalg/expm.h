@@ -9,7 +9,8 @@ namespace mk {
 //
 // A is halved k times until its 1-norm is at most 1/2. The Taylor remainder after degree d is below (1/2)^{d+1}/(d+1)!,
 // 2e-10 for d = 8 and 1e-19 for d = 14, under the rounding of float and of double with room for k squarings.
-// All lanes take the number of halvings of the largest.
+// Every lane has a number of halvings of its own: squaring a short matrix as often as a long neighbour's would cost it a
+// bit of accuracy each time. A lane that is not finite is not halved, and whatever comes out of it.
 template <class T>
 MK_FN void expm(T* A, T* E, T* work, int m) {
   using R = Real<T>;
@@ -20,9 +21,13 @@ MK_FN void expm(T* A, T* E, T* work, int m) {
     norm = max(norm, column);
   }
   int halvings = 0;
-  for (T rest = norm; any(rest > T(0.5)); rest = rest * T(0.5)) halvings++;
-  T factor = T(1);
-  for (int k = 0; k < halvings; k++) factor = factor * T(0.5);
+  T factor = T(1), own = T(0);  // 2^-own
+  norm = select(norm <= T(Limits<R>::largest), norm, T(0));
+  for (auto longer = norm > T(0.5); any(longer); longer = norm * factor > T(0.5)) {
+    factor = select(longer, factor * T(0.5), factor);
+    own = select(longer, own + T(1), own);
+    halvings++;
+  }
   for (int e = 0; e < m * m; e++) A[e] = A[e] * factor;
 
   const int degree = sizeof(R) == sizeof(float) ? 8 : 14;
@@ -35,7 +40,7 @@ MK_FN void expm(T* A, T* E, T* work, int m) {
   }
   for (int k = 0; k < halvings; k++) {
     multiply(E, E, product, m, m, m);
-    for (int e = 0; e < m * m; e++) E[e] = product[e];
+    for (int e = 0; e < m * m; e++) E[e] = select(T(R(k)) < own, product[e], E[e]);
   }
 }
 

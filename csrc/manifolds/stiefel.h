@@ -61,6 +61,14 @@ MK_FN void land(T* Y, T* Q, Size size) {
   jacobi_polar(Y, Q, size);
 }
 
+// Cayley and exp solve or square their way along the whole arc, and lose it in rounding where it is very long: at
+// ||V|| = 64, ten turns, they stop.
+template <class T>
+MK_FN T cut(T step, T square) {
+  const T length = abs(step) * sqrt(square), longest = T(64);
+  return select(length > longest, step * (longest / length), step);
+}
+
 // Q <- Q + U (I - Z^T U / 2)^{-1} Z^T Q with P = I - Q Q^T / 2, U = [P X, Q], Z = [Q, -P X] (n x 2p), X = step xi.
 template <class T, class Size>
 MK_FN void retract_cayley(T* Q, const T* xi, T step, Size size) {
@@ -96,9 +104,11 @@ template <class T, class Size>
 MK_FN void retract_exp(T* Q, const T* xi, T step, Size size) {
   const int n = size.n, p = size.p, m = 2 * p;
   T X[Size::capacity], A[Size::square_capacity], S[Size::square_capacity];
-  for (int e = 0; e < n * p; e++) X[e] = step * xi[e];
+  // Projected once more: the exponential grows with what is symmetric in A, which is not only rounding where Q was stored
+  // in 16 bits.
+  project(Q, xi, X, size);
+  for (int e = 0; e < n * p; e++) X[e] = step * X[e];
   multiply_tn(Q, X, A, n, p, p);
-  // X is tangent up to rounding: its skew part is what the formula means.
   for (int i = 0; i < p; i++)
     for (int j = 0; j <= i; j++) {
       const T skew = T(0.5) * (A[i * p + j] - A[j * p + i]);

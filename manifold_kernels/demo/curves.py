@@ -20,11 +20,11 @@ def plot(runs: Sequence[Run], path: Path) -> Path:
     except ImportError as error:
         raise ImportError("curves: need matplotlib. Install it: `pip install matplotlib`.") from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, title, log in zip(figure.subplots(1, 2), ("test error, %", "training loss"), (False, True), strict=True):
+    for axes, title in zip(figure.subplots(1, 2), ("test error, %", "training loss"), strict=True):
         for run in runs:
             values = run.errors if axes is figure.axes[0] else run.losses
             axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=run.method)
-        axes.set(title=title, xlabel="epoch", yscale="log" if log else "linear")
+        axes.set(title=title, xlabel="epoch", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

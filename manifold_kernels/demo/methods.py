@@ -39,6 +39,6 @@ def _psi(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
 METHODS: tuple[Method, ...] = (
     Method("SGD", _sgd),
     Method("FG-SGD", _fg),
-    Method("PSI-SGD", lambda model: _psi(model, 4.0, 0.0)),
+    Method("PSI-SGD", lambda model: _psi(model, 2.0, 0.0)),
     Method("PSI-SGDM", lambda model: _psi(model, 0.5, 0.9)),
 )
