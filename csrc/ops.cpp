@@ -16,8 +16,8 @@ namespace {
 
 // plan.py, GROUP_COLUMNS
 struct GroupRow {
-  int64_t parameter, hyper, rule, manifold, retraction, view, out_dim, channel_groups, rows, individual, step_size, first,
-      count, listed, scale, scale_stride;
+  int64_t parameter, hyper, rule, manifold, retraction, view, out_dim, channel_groups, rows, individual, step_size,
+      first, count, listed, scale, scale_stride;
 };
 constexpr int64_t group_columns = sizeof(GroupRow) / sizeof(int64_t);
 constexpr int64_t hyper_columns = sizeof(Hyper) / sizeof(double);
@@ -40,8 +40,8 @@ Storage storage_of(const at::Tensor& weight) {
 void check_table(const at::Tensor& table, const char* name, at::ScalarType dtype, int64_t columns) {
   TORCH_CHECK_VALUE(table.device().is_cpu() && table.scalar_type() == dtype && table.is_contiguous(), name,
                     ": wanted a contiguous CPU tensor of ", dtype, ", got ", table.toString(), ".");
-  TORCH_CHECK_VALUE(columns == 0 || (table.dim() == 2 && table.size(1) == columns), name, ": wanted shape (*, ", columns,
-                    "), got ", table.sizes(), ".");
+  TORCH_CHECK_VALUE(columns == 0 || (table.dim() == 2 && table.size(1) == columns), name, ": wanted shape (*, ",
+                    columns, "), got ", table.sizes(), ".");
 }
 
 void check_parameter(int64_t i, const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& momentum) {
@@ -50,14 +50,15 @@ void check_parameter(int64_t i, const at::Tensor& weight, const at::Tensor& grad
   storage_of(weight);
   TORCH_CHECK_VALUE(grad.layout() == at::kStrided && grad.device().is_cpu(), "grads[", i,
                     "]: wanted a strided CPU tensor, got ", grad.toString(), ".");
-  TORCH_CHECK_VALUE(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type(), "grads[", i, "]: wanted ",
-                    weight.sizes(), " ", weight.scalar_type(), ", got ", grad.sizes(), " ", grad.scalar_type(), ".");
+  TORCH_CHECK_VALUE(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type(), "grads[", i,
+                    "]: wanted ", weight.sizes(), " ", weight.scalar_type(), ", got ", grad.sizes(), " ",
+                    grad.scalar_type(), ".");
   if (momentum.numel() == 0) return;
   TORCH_CHECK_VALUE(momentum.device().is_cpu() && momentum.sizes() == weight.sizes() &&
                         momentum.scalar_type() == weight.scalar_type() && momentum.strides() == weight.strides(),
                     "momenta[", i, "]: wanted the shape, strides and dtype of the weight, ", weight.sizes(), " ",
-                    weight.strides(), " ", weight.scalar_type(), ", got ", momentum.sizes(), " ", momentum.strides(), " ",
-                    momentum.scalar_type(), ".");
+                    weight.strides(), " ", weight.scalar_type(), ", got ", momentum.sizes(), " ", momentum.strides(),
+                    " ", momentum.scalar_type(), ".");
 }
 
 void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hypers, int64_t listed, int64_t scales) {
@@ -65,8 +66,9 @@ void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hyper
   TORCH_CHECK_VALUE(in(row.parameter, parameters) && in(row.hyper, hypers) && in(row.rule, 4) && in(row.manifold, 6) &&
                         in(row.retraction, 6) && in(row.view, 4) && in(row.out_dim, 2),
                     "groups: row ", r, " has a number out of range.");
-  TORCH_CHECK_VALUE(row.first >= 0 && row.count >= 0 && (!row.listed || row.first <= listed - row.count), "groups: row ", r,
-                    " lists components [", row.first, ", ", row.first, " + ", row.count, ") of ", listed, ".");
+  TORCH_CHECK_VALUE(row.first >= 0 && row.count >= 0 && (!row.listed || row.first <= listed - row.count),
+                    "groups: row ", r, " lists components [", row.first, ", ", row.first, " + ", row.count, ") of ",
+                    listed, ".");
   const int64_t last_scale = row.scale_stride ? row.scale + row.count - 1 : row.scale;
   TORCH_CHECK_VALUE(row.scale >= 0 && last_scale < scales && in(row.scale_stride, 2), "groups: row ", r,
                     " has a scale out of range.");
@@ -99,9 +101,10 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
            at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite, const at::Tensor& groups,
            const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper) {
   const int64_t count = int64_t(params.size());
-  TORCH_CHECK_VALUE(int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
-                    "grads, momenta, variances: wanted lists as long as params (", count, "), got ", grads.size(), ", ",
-                    momenta.size(), ", ", variances.size(), ".");
+  TORCH_CHECK_VALUE(
+      int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
+      "grads, momenta, variances: wanted lists as long as params (", count, "), got ", grads.size(), ", ",
+      momenta.size(), ", ", variances.size(), ".");
   check_table(groups, "groups", at::kLong, group_columns);
   check_table(components, "components", at::kLong, 0);
   check_table(scales, "scales", at::kDouble, 0);
@@ -118,7 +121,8 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     if (!given.has_value() || !given->defined()) continue;
     check_parameter(i, params[i], *given, momenta[i]);
     stepped[i] = true;
-    if (params[i].numel() > 0) grad[i] = given->resolve_neg();  // torch's fallback leaves lists of optional tensors alone
+    // A lazy negation: torch's fallback does not look into lists of optional tensors.
+    if (params[i].numel() > 0) grad[i] = given->is_neg() ? given->resolve_neg() : *given;
   }
 
   // One geometry a parameter; Stiefel matrices with n < p have one of their own.

@@ -6,8 +6,8 @@ namespace mk {
 template <int N, int P>
 struct Fixed {
   static constexpr int n = N, p = P;
-  static constexpr int capacity = N * P;          // elements of an n x p matrix
-  static constexpr int square_capacity = P * P;   // of a p x p one
+  static constexpr int capacity = N * P;             // elements of an n x p matrix
+  static constexpr int square_capacity = P * P;      // of a p x p one
   static constexpr int double_capacity = 4 * P * P;  // of a 2p x 2p one
   static constexpr int tall_capacity = 2 * N * P;    // of an n x 2p one
 };

@@ -47,7 +47,7 @@ def scale_of(of: Manifold, layout: Layout, weight: Tensor) -> float:
     if of.scale != "fan":
         return float(of.scale)
     shape = shape_of(weight, layout)
-    # rank = ||W||_F^2 at s = 1; in the kernel view an oblique one counts as the specification has it, by min(n, p).
+    # rank = ||W||_F^2 at s = 1; in the kernel view an oblique one counts by min(n, p), as a Stiefel one does.
     rank = 1 if not isinstance(of, (Oblique, Stiefel)) else min(shape.n, shape.p)
     if layout.view == "kernel":
         return math.sqrt(2 / (shape.inputs * rank))

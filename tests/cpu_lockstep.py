@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from stepping import DEFAULTS, Run, copy, group, hyper_table, like, place_, start
+from stepping import DEFAULTS, Run, copy, group, hyper_table, place_, start
 from torch import Tensor
 
 from manifold_kernels import reference, views
 from manifold_kernels.manifolds import BY_NAME, RETRACTIONS, Euclidean, Grassmann, Manifold, ScaleInvariant, Stiefel
-from manifold_kernels.plan import GROUP_COLUMNS, STEP_SIZES, Group, Plan
+from manifold_kernels.ops import Step
+from manifold_kernels.plan import GROUP_COLUMNS, RULES, STEP_SIZES, Group, Plan
 from manifold_kernels.reference import sphere
 from manifold_kernels.reference.registry import GEOMETRIES
 from manifold_kernels.views import Layout
@@ -109,15 +110,15 @@ def one_group(
 ) -> Case:
     """A case whose weight lies in one group; ``option`` is the retraction, or the rule where there is only one.
 
-    A ``scale`` of "each" gives every component its own. The gradients are as large as the weights, so that steps of
-    the default rate are short against them but for the sizes that ``grad_size`` in ``rest`` asks for.
+    A ``scale`` of "each" gives every component its own; ``rest`` are fields of :class:`Case`.
     """
     manifold = BY_NAME[of]()
     vector = isinstance(manifold, (ScaleInvariant, Grassmann))
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(list(shape), generator=generator, dtype=torch.float64)
     count = views.shape_of(weight, layout).count
-    scales = torch.linspace(0.5, 2.0, count, dtype=torch.float64) if scale == "each" else torch.tensor(float(scale))
+    first, last = (0.5, 2.0) if scale == "each" else (float(scale), float(scale))
+    scales = torch.linspace(first, last, count, dtype=torch.float64)
     weight = on_manifold(manifold, weight, layout, scales).to(dtype)
     row = group(
         manifold,
@@ -132,6 +133,7 @@ def one_group(
 
 
 def on_manifold(of: Manifold, weight: Tensor, layout: Layout, scales: Tensor) -> Tensor:
+    """``weight``, its components moved onto manifolds of their own scales."""
     place_(of, weight, layout, 1.0)
     batch = views.matrices(weight, layout) * scales.reshape(-1, 1, 1).to(weight.dtype)
     views.write_matrices(weight, layout, batch)
@@ -139,6 +141,7 @@ def on_manifold(of: Manifold, weight: Tensor, layout: Layout, scales: Tensor) ->
 
 
 def clone(run: Run) -> Run:
+    """A copy to step from."""
     return Run(
         [copy(p) for p in run.params],
         [copy(m) for m in run.momenta],
@@ -148,8 +151,9 @@ def clone(run: Run) -> Run:
     )
 
 
-def call(step: object, run: Run, grads: list[Tensor | None], plan: Plan, table: Tensor) -> None:
-    step(  # type: ignore[operator]
+def call(step: Step, run: Run, grads: list[Tensor | None], plan: Plan, table: Tensor) -> None:
+    """One step of ``run``, in place."""
+    step(
         run.params,
         grads,
         run.momenta,
@@ -163,11 +167,8 @@ def call(step: object, run: Run, grads: list[Tensor | None], plan: Plan, table: 
     )
 
 
-def check(case: Case, steps: int = 3, *, arithmetic_bits: bool = True) -> float:
-    """Step both backends and compare; returns the largest error in units of its bound.
-
-    ``arithmetic_bits``: momentum buffers of FG-SGD must be the reference's to the bit.
-    """
+def check(case: Case, steps: int = 3) -> float:
+    """Step both backends and compare; returns the largest error in units of its bound."""
     run = start([case.weight], case.groups, [case.hyper], fill=math.nan)
     run.params[0] = case.weight
     plan, table = Plan.build(case.groups, run.params), hyper_table([case.hyper])
@@ -180,14 +181,13 @@ def check(case: Case, steps: int = 3, *, arithmetic_bits: bool = True) -> float:
         call(compiled, run, [grad], plan, table)
         assert torch.equal(run.steps, expected.steps) and torch.equal(run.nonfinite, expected.nonfinite)
         for row in range(len(case.groups)):
-            worst = max(worst, compare(case, row, plan, before, grad, run, expected, arithmetic_bits))
+            worst = max(worst, compare(case, row, plan, before, grad, run, expected))
     assert worst <= 1, f"error {worst:.3g} of its bound"
     return worst
 
 
-def compare(
-    case: Case, row: int, plan: Plan, before: Run, grad: Tensor, run: Run, expected: Run, bits: bool
-) -> float:
+def compare(case: Case, row: int, plan: Plan, before: Run, grad: Tensor, run: Run, expected: Run) -> float:
+    """The error of one group's step in units of its bound; what must agree to the bit is asserted."""
     layout, members = plan.layout(row), plan.members(row)
     at = dict(zip(GROUP_COLUMNS, plan.groups[row].tolist(), strict=True))
 
@@ -200,25 +200,24 @@ def compare(
     euclidean = at["manifold"] == Euclidean.code
     if euclidean:
         assert torch.equal(got, want)
-    if buffered and (euclidean or at["rule"] == 0):
-        m, m_want = read(run.momenta[0]), read(expected.momenta[0])
-        if bits:
-            assert torch.equal(m, m_want)
+    m = read(run.momenta[0]) if buffered else None
+    m_want = read(expected.momenta[0]) if buffered else None
+    if buffered and (euclidean or at["rule"] == RULES["fg_sgd"]):
+        # Torch's formula, elementwise, on both sides.
+        assert torch.equal(m, m_want)
     if euclidean:
         return 0.0
     s = plan.scale(row).reshape(-1, 1, 1).expand(members.numel(), 1, 1)
-    if at["rule"] == 0:
+    if at["rule"] == RULES["fg_sgd"]:
         d = -g.double() if h["maximize"] else g.double()
         if buffered:
             d = d + h["momentum"] * m_want.double() if h["nesterov"] else m_want.double()
         return fg_error(at, h, w, got, want, d, s)
-    m = read(run.momenta[0]) if buffered else None
-    m_want = read(expected.momenta[0]) if buffered else None
     m_old = read(before.momenta[0]) if buffered and int(before.steps[0]) else None
-    if at["rule"] == 1:
+    if at["rule"] == RULES["psi_sgd"]:
         return psi_error(h, w, g, m_old, got, want, m, m_want)
     worst = grassmann_error(w, g, m_old, got, want, m, m_want)
-    if at["rule"] == 3:
+    if at["rule"] == RULES["adam_g"]:
         # A weighted mean of squared norms: four roundings, and twice the relative error of a norm.
         v, v_want = run.variances[0][members].reshape(-1, 1, 1), expected.variances[0][members].reshape(-1, 1, 1)
         worst = max(worst, ratio(v, v_want, (4 + 2 * cancellation(w, g)) * arithmetic(w.dtype) * v_want.double()))
@@ -226,6 +225,7 @@ def compare(
 
 
 def arithmetic(dtype: torch.dtype) -> float:
+    """eps of the type that is computed in."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
@@ -239,8 +239,11 @@ def stored(want: Tensor) -> Tensor:
 
 
 def ratio(got: Tensor, want: Tensor, bound: Tensor) -> float:
+    """The largest difference in units of its bound."""
     assert bool(got.isfinite().all())
-    return float(((got.double() - want.double()).abs() / bound).max()) if got.numel() else 0.0
+    worst = ((got.double() - want.double()).abs() / bound).max() if got.numel() else torch.zeros(())
+    assert not bool(worst.isnan())
+    return float(worst)
 
 
 def fg_error(
@@ -249,11 +252,11 @@ def fg_error(
     """The error of a step ``W <- R_W(-(lr/tau) P_W(d))`` in units of its bound.
 
     Everything is of order ``1 + kappa`` in units of s, ``kappa = (lr/tau) ||d||/s`` the length of what is projected: a
-    long radial part leaves its rounding errors behind. No retraction of a tangent vector magnifies errors (``W + V`` has
-    singular values >= s). So a bound counts the roundings of one element, ``eps/2`` each:
+    long radial part leaves its rounding errors behind. No retraction of a tangent vector magnifies errors (``W + V``
+    has singular values >= s). So a bound counts the roundings of one element, ``eps/2`` each:
 
-    * vectors: w/s, xi, step, sum, norm, quotient, product, about 6, and inner products of k terms, whose roundings add up
-      like a random walk: ``3 + sqrt(k)/4`` eps.
+    * vectors: w/s, xi, step, sum, norm, quotient, product, about 6, and inner products of k terms, whose roundings add
+      up like a random walk: ``3 + sqrt(k)/4`` eps.
     * Stiefel: an element passes through n + p rotations or products of n + p terms, ``3 + (n + p)/2`` eps.
     * The polar factor of the reference in float64 is made of a singular value decomposition, which for equal singular
       values is off by up to 23 eps on 3x3 matrices (measured against Newton's iteration in long double).
@@ -281,7 +284,7 @@ def fg_error(
         bound = bound + 2 * s * (off * (1 + kappa)).square()
         if name == "exp" and len(w) == 1:
             # torch.linalg.matrix_exp of a single matrix in float64 is off by up to 3.3e-11 where its norm is near 0.05
-            # (torch 2.13 against a Taylor series in long double; batches of two and more are right), here it is called twice.
+            # (torch 2.13 against a Taylor series in long double; batches of two and more are right).
             bound = bound + 1e-10 * s
         if min(n, p) == 1:
             # The kernels take a single column for a sphere, where v is not projected a second time.
@@ -317,7 +320,7 @@ def psi_error(
 
 
 def cancellation(w: Tensor, g: Tensor) -> Tensor:
-    """``||g||/||h||`` for ``h = g - w <w, g>/||w||^2``: what the rounding errors of a nearly radial gradient grow by."""
+    """``||g||/||h||`` with ``h = g - w <w, g>/||w||^2``: what rounding errors of a nearly radial gradient grow by."""
     h = GEOMETRIES[Grassmann.code].proj(sphere.unit(w.double()), g.double(), 1.0)
     return (g.double().flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)).reshape(-1, 1, 1)
 

@@ -1,15 +1,16 @@
-"""What the compiled operator promises beside its numbers: degenerate input, determinism, threads, errors, no allocation."""
+"""What the compiled operator promises beside its numbers: degenerate input, equal bits, threads, errors, one call."""
 
 from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cpu_lockstep import DTYPES, FG, VECTOR_RULES, clone, compiled, name_of, on_manifold
+from cpu_lockstep import DTYPES, FG, VECTOR_RULES, arithmetic, call, clone, compiled, name_of, on_manifold
 from stepping import Run, group, hyper_table, like, place_, run_steps, start
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ if (missing := ops.extension_error()) is not None:
     pytest.skip(f"the compiled kernels are not there: {missing}", allow_module_level=True)
 
 KERNEL, FILTER, MATRIX = Layout("kernel"), Layout("filter"), Layout("matrix")
-NAMES = dict(ids=name_of)
+NAMES = {"ids": name_of}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,10 @@ def _one_thread() -> None:
 ENGINES: list[tuple[str, str, tuple[int, ...], Layout]] = [
     *((of, option, (4, 9, 3, 3), KERNEL) for of, option in FG),
     *((of, option, (4, 9, 2, 3), KERNEL) for of, option in FG if of == "stiefel"),
-    *((of, option, (6, 30, 3, 3), FILTER) for of, option in [("sphere", "projection"), ("sphere", "exp"), *VECTOR_RULES]),
+    *(
+        (of, option, (6, 30, 3, 3), FILTER)
+        for of, option in [("sphere", "projection"), ("sphere", "exp"), *VECTOR_RULES]
+    ),
     ("oblique", "projection", (2, 9, 40, 10), KERNEL),
     ("oblique", "exp", (2, 9, 40, 10), KERNEL),
     *((of, option, (2, 3, 18, 17), KERNEL) for of, option in FG if of == "stiefel"),
@@ -71,14 +75,14 @@ def violation(of: str, weight: Tensor, layout: Layout) -> float:
 def landing(of: str, layout: Layout, weight: Tensor) -> float:
     """How far off the manifold rounding may leave a point.
 
-    Rounding the elements to their type (eps/2 each, relative) changes norms by eps/2 and elements of a Gram matrix by eps.
-    Roundings of the arithmetic, eps/2 each: a norm is the root of a sum in double or of at most 64 terms; an element of
-    an orthonormal matrix has passed n + p rotations, or products of as many terms, and the Gram matrix doubles what is
-    left of them.
+    Rounding the elements to their type (eps/2 each, relative) changes norms by eps/2 and elements of a Gram matrix by
+    eps. Roundings of the arithmetic, eps/2 each: a norm is the root of a sum in double or of at most 64 terms; an
+    element of an orthonormal matrix has passed n + p rotations, or products of as many terms, and the Gram matrix
+    doubles what is left of them.
     """
     shape = views.shape_of(weight, layout)
     terms = shape.n + shape.p if of == "stiefel" else 8
-    return torch.finfo(weight.dtype).eps + (3 + terms) * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+    return torch.finfo(weight.dtype).eps + (3 + terms) * arithmetic(weight.dtype)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -96,7 +100,7 @@ def test_neighbours_of_a_non_finite_gradient_keep_their_bits(
     hyper = [{"momentum": 0.9, "lr": 0.1}]
     for dtype in (torch.float32, torch.bfloat16):
         w = weight_of(of, shape, layout, dtype)
-        rows = [row(of, option, layout, individual=individual, step_size="general")] if fg else [row(of, option, layout)]
+        rows = [row(of, option, layout, **({"individual": individual, "step_size": "general"} if fg else {}))]
         good, grad = torch.randn_like(w), torch.randn_like(w)
         once = run_steps(compiled, [w], [[good]], rows, hyper)
         count = views.shape_of(w, layout).count
@@ -164,7 +168,7 @@ def test_huge_gradients(engine: tuple[str, str, tuple[int, ...], Layout], dtype:
     of, option, shape, layout = engine
     for size in HUGE[dtype]:
         for options in ({}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": 1}):
-            if (of, option) not in FG and "nesterov" in options or (option == "adam_g" and not options):
+            if ((of, option) not in FG and "nesterov" in options) or (option == "adam_g" and not options):
                 continue
             for step_size in ("none", "general") if (of, option) in FG else ("none",):
                 w = weight_of(of, shape, layout, dtype)
@@ -184,8 +188,8 @@ def test_huge_gradients(engine: tuple[str, str, tuple[int, ...], Layout], dtype:
 def test_steps_that_lose_the_weight(
     engine: tuple[str, str, tuple[int, ...], Layout], dtype: torch.dtype, lr: float
 ) -> None:
-    """W + V is V to rounding, which for a square V, the product of W and a skew matrix, or for gradients of rank one has
-    not full rank: the next weight is on the manifold all the same."""
+    """W + V is V to rounding, which for a square V, the product of W and a skew matrix, or for gradients of rank one
+    has not full rank: the next weight is on the manifold all the same."""
     of, option, shape, layout = engine
     w = weight_of(of, shape, layout, dtype)
     rank_one = torch.ones(shape, dtype=torch.float64) * torch.randn(shape[0], *[1] * (len(shape) - 1))
@@ -206,9 +210,11 @@ def test_zero_and_denormal_gradients(engine: tuple[str, str, tuple[int, ...], La
         run = run_steps(compiled, [w], [[like(w, fill)]] * 2, [row(of, option, layout)], [{"momentum": 0.9}])
         assert run.nonfinite.tolist() == [0]
         # A rounding to the storage type more or less, and what brings a rounded weight back to the manifold.
-        info, arithmetic = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        info = torch.finfo(dtype)
         off = 0.0 if of == "scale_invariant" else violation(of, w, layout)
-        bound = info.eps * w.double().abs() + 2 * off + landing(of, layout, w) * (info.bits > 16) + 4 * arithmetic
+        bound = (
+            info.eps * w.double().abs() + 2 * off + landing(of, layout, w) * (info.bits > 16) + 4 * arithmetic(dtype)
+        )
         if of == "scale_invariant":
             # Two steps of lr ||w||^2 g and their momentum, where ||w||^2 is about 270.
             bound = bound + 3 * 0.1 * float(read(w, layout).double().square().sum((-2, -1)).max()) * fill
@@ -218,7 +224,11 @@ def test_zero_and_denormal_gradients(engine: tuple[str, str, tuple[int, ...], La
 @pytest.mark.parametrize("dtype", DTYPES, **NAMES)
 def test_zero_weights(dtype: torch.dtype) -> None:
     """Columns and vectors without direction: the projected gradient gives them one, and without it they stay."""
-    for of, shape, layout in [("oblique", (2, 9, 3, 3), KERNEL), ("sphere", (6, 300), FILTER), ("oblique", (3, 70), MATRIX)]:
+    for of, shape, layout in [
+        ("oblique", (2, 9, 3, 3), KERNEL),
+        ("sphere", (6, 300), FILTER),
+        ("oblique", (3, 70), MATRIX),
+    ]:
         for grad_is_zero in (True, False):
             w = weight_of(of, shape, layout, dtype)
             w[0] = 0
@@ -359,32 +369,16 @@ def test_two_threads_share_a_step() -> None:
     """Compiled without OpenMP, torch's parallel_for runs on one thread and says nothing."""
     torch.set_num_threads(2)
     w = torch.randn(512, 512, 3, 3)
-    run, before = start([w], [group("euclidean")], [{"momentum": 0.9}]), ticks()
-    own = str(threading.get_native_id())
-    rows, hyper = Plan.build([group("euclidean")], [w]), hyper_table([{"momentum": 0.9}])
-    grad = torch.randn_like(w)
-    for _ in range(5000):
-        ops_step(run, [grad], rows, hyper)
-        worked = [thread for thread, time in ticks().items() if time > before.get(thread, 0) and thread != own]
-        if worked:
+    grad, rows, hyper = torch.randn_like(w), [group("euclidean")], [{"momentum": 0.9}]
+    run, of, table = start([w], rows, hyper), Plan.build(rows, [w]), hyper_table(hyper)
+    time.sleep(0.3)  # threads of the lines above look for work a little longer
+    before, own = ticks(), str(threading.get_native_id())
+    for _ in range(3000):
+        call(compiled, run, [grad], of, table)
+        if worked := [t for t, time_now in ticks().items() if time_now > before.get(t, 0) + 5 and t != own]:
             break
     torch.set_num_threads(1)
     assert worked, "no thread but the caller's has worked"
-
-
-def ops_step(run: Run, grads: list[Tensor | None], of: Plan, table: Tensor) -> None:
-    compiled(
-        run.params,
-        grads,
-        run.momenta,
-        run.variances,
-        run.steps,
-        run.nonfinite,
-        of.groups,
-        of.components,
-        of.scales,
-        table,
-    )
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
@@ -557,14 +551,13 @@ def test_a_step_of_all_convolutions_is_one_operator_that_allocates_nothing() -> 
     optimizer.step()
     with Calls() as calls:
         optimizer.step()
-    assert calls.names.count("manifold_kernels.step_.default") == 1
-    assert calls.names == ["manifold_kernels.step_.default"]
+    # torch.optim marks every step for the profiler.
+    assert [name for name in calls.names if not name.startswith("profiler.")] == ["manifold_kernels.step_.default"]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         optimizer.step()
-    events = [event for event in profile.events() if "manifold_kernels" in event.name]
-    assert len(events) == 1
-    assert not [event.name for event in profile.events() if event.name.startswith("aten::")]
-    assert sum(abs(event.cpu_memory_usage) for event in profile.events()) == 0
+    operators = [event.name for event in profile.events() if "::" in event.name]
+    assert operators == ["manifold_kernels::step_"]
+    assert not any(event.cpu_memory_usage for event in profile.events())
 
 
 # --- The tables that Python and C++ share -----------------------------------------------------------------------------

@@ -34,7 +34,12 @@ def step_the_grid() -> int:
     count = 0
     for (of, option), dtype in itertools.product([*FG, *VECTOR_RULES], DTYPES):
         fg = (of, option) in FG
-        shapes = [((3, 7, 3, 3), "kernel"), ((3, 7, 2, 3), "kernel"), ((3, 6, 4, 4), "kernel"), ((2, 3, 17, 17), "kernel")]
+        shapes = [
+            ((3, 7, 3, 3), "kernel"),
+            ((3, 7, 2, 3), "kernel"),
+            ((3, 6, 4, 4), "kernel"),
+            ((2, 3, 17, 17), "kernel"),
+        ]
         for shape, view in shapes if fg else [((5, 7), "filter"), ((5, 100), "filter"), ((5, 67, 3, 3), "filter")]:
             arrangement, options, individual = next(turn)
             hyper = {"lr": 0.2, **options}
@@ -103,7 +108,9 @@ def test_instruction_set(capability: str) -> None:
         pytest.skip(f"this processor has no {capability}")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, __file__], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["torch"] == capability.upper() and report["kernels"] == wanted

@@ -28,8 +28,9 @@ out = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
 out.write_text("object")
 if "-c" in sys.argv:
     source = sys.argv[sys.argv.index("-c") + 1]
-    pathlib.Path(sys.argv[sys.argv.index("-MF") + 1]).write_text(f"{{out}}: {{source}} \\\\\\n csrc/shared.h\\n")
-with open("log", "a") as log:
+    shared = source.partition("/csrc/")[0] + "/csrc/shared.h"
+    pathlib.Path(sys.argv[sys.argv.index("-MF") + 1]).write_text(f"{{out}}: {{source}} {{shared}}")
+with pathlib.Path(__file__).with_name("log").open("a") as log:
     log.write(" ".join(sys.argv[1:]) + "\\n")
 """
 
@@ -72,7 +73,7 @@ BUILD = "import runpy, sys; sys.argv = ['setup.py', 'build_ext']; runpy.run_path
 
 def commands(tree: Path) -> list[str]:
     """What the stand-in was called with since the last look."""
-    log = tree / "log"
+    log = tree.parent / "log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
     return lines
@@ -101,7 +102,7 @@ def test_every_instruction_set_has_its_own_object_and_flags(tree: Path, compiler
 
 def test_only_what_changed_is_compiled_again(tree: Path, compiler: Path) -> None:
     everything = len(build(tree, compiler))
-    assert len(build(tree, compiler)) == 1  # the link
+    assert build(tree, compiler) == []
     (tree / "csrc/ops.cpp").write_text("// changed")
     assert len(build(tree, compiler)) == 2
     (tree / "csrc/shared.h").write_text("// changed")
@@ -114,7 +115,7 @@ def test_only_what_changed_is_compiled_again(tree: Path, compiler: Path) -> None
 def test_a_compiler_that_fails_fails_the_installation(tree: Path) -> None:
     done = run(tree, WHEEL, CXX="false")
     assert done.returncode != 0
-    assert "the compiler failed with exit status 1" in done.stderr
+    assert "the compiler failed" in done.stderr and "MANIFOLD_KERNELS_SKIP_BUILD=1" in done.stderr
 
 
 def test_a_compiler_that_was_asked_for_must_be_there(tree: Path) -> None:

@@ -58,8 +58,8 @@ Geometry geometry_of(const at::Tensor& weight, const at::Tensor& grad, const Lay
     Dim group{1, 0, 0}, out = all[layout.out_dim], in = all[1 - layout.out_dim];
     if (layout.out_dim == 1) {
       const int64_t groups = layout.channel_groups;
-      TORCH_CHECK_VALUE(groups >= 1 && in.size % groups == 0, "channel_groups: wanted a divisor of ", in.size, " inputs, got ",
-                        groups, ".");
+      TORCH_CHECK_VALUE(groups >= 1 && in.size % groups == 0, "channel_groups: wanted a divisor of ", in.size,
+                        " inputs, got ", groups, ".");
       in.size /= groups;
       group = {groups, in.size * in.weight, in.size * in.grad};
     }
@@ -76,7 +76,8 @@ Geometry geometry_of(const at::Tensor& weight, const at::Tensor& grad, const Lay
       columns = {group, out};
     } else {
       if (kernel.size() != 2)
-        kernel.erase(std::remove_if(kernel.begin(), kernel.end(), [](const Dim& d) { return d.size == 1; }), kernel.end());
+        kernel.erase(std::remove_if(kernel.begin(), kernel.end(), [](const Dim& d) { return d.size == 1; }),
+                     kernel.end());
       TORCH_CHECK_VALUE(kernel.size() == 2, "view: 'kernel' wanted two kernel dimensions above 1, got weight shape ",
                         weight.sizes(), ".");
       batch = {group, out, in};

@@ -7,7 +7,14 @@
 namespace mk {
 
 enum class Rule : int64_t { fg_sgd = 0, psi_sgd = 1, sgd_g = 2, adam_g = 3 };
-enum class ManifoldCode : int64_t { euclidean = 0, sphere = 1, oblique = 2, stiefel = 3, scale_invariant = 4, grassmann = 5 };
+enum class ManifoldCode : int64_t {
+  euclidean = 0,
+  sphere = 1,
+  oblique = 2,
+  stiefel = 3,
+  scale_invariant = 4,
+  grassmann = 5
+};
 enum class Retraction : int64_t { add = 0, projection = 1, qr = 2, polar = 3, cayley = 4, exp = 5 };
 enum class View : int64_t { kernel = 0, filter = 1, matrix = 2, flat = 3 };
 
@@ -37,14 +44,14 @@ struct Geometry {
 struct Job {
   void* weight;
   const void* grad;
-  void* momentum;   // null without a buffer
-  void* variance;   // Adam-G
+  void* momentum;  // null without a buffer
+  void* variance;  // Adam-G
   Storage storage;
   const Geometry* geometry;
   const int64_t* weight_offset;  // element e of a component, in matrix order: for n p <= lane_elements
   const int64_t* grad_offset;
   bool weight_in_order, grad_in_order;  // offset[e] == e
-  const int64_t* listed;  // component numbers, or null for first, first + 1, …
+  const int64_t* listed;                // component numbers, or null for first, first + 1, …
   int64_t first, count;
   const double* scales;
   int64_t scale_stride;
@@ -81,7 +88,8 @@ struct Kernels {
   // W <- W - lr d over elements [begin, end) of a flat job, or over all elements of components [begin, end).
   void (*euclidean)(const Job&, int64_t begin, int64_t end);
   // Small matrices, components [begin, end). individual: the whole step. Otherwise first the momentum and the sum of
-  // squares, then, with lr / tau, the retraction. skipped: one byte per component of the job, in and out (null where individual).
+  // squares, then, with lr / tau, the retraction. skipped: one byte per component of the job, in and out (null where
+  // individual).
   void (*lanes_whole)(const Job&, int64_t begin, int64_t end, Partial*);
   void (*lanes_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* skipped);
   void (*lanes_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);

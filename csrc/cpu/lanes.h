@@ -1,150 +1,23 @@
 // Steps of small matrices, one matrix a lane.
 //
-// A block is as many components as a register has lanes. Momentum needs no matrix structure: it is updated in memory order,
-// and only W and the direction are brought into lanes, only W back. A lane whose squares leave the range of the arithmetic
-// type is taken out of the block and computed by the same mathematics in the next wider type (`alone`).
+// Components are taken a tile at a time. Momentum needs no matrix structure: it is updated in the order of memory, with
+// a check of the range of all squares; then W and the direction are brought into lanes, and W back. A component whose
+// squares leave the range of the arithmetic type is left out of its tile and computed by the same mathematics in the
+// next wider type.
 #pragma once
 
-#include "cpu/job.h"
-#include "cpu/job_rules.h"
+#include "cpu/maps.h"
 #include "cpu/pass.h"
-#include "cpu/rows.h"
-#include "cpu/storage.h"
+#include "cpu/tile.h"
 #include "cpu/transpose.h"
-#include "manifolds/oblique.h"
-#include "manifolds/sphere.h"
-#include "manifolds/stiefel.h"
 
 namespace mk {
 namespace MK_ISA {
 namespace {
 
-// A manifold with a retraction: project(q, m, xi, size) -> ||xi||^2 and q <- R_q(step xi), at unit scale.
-template <bool Exp>
-struct SphereMap {
-  template <class T, class Size>
-  MK_FN static T project(const T* q, const T* m, T* xi, Size size) {
-    return sphere::project(q, m, xi, size.n * size.p, 1);
-  }
-  template <class T, class Size>
-  MK_FN static void retract(T* q, const T* xi, T step, T square, Size size) {
-    sphere::retract(q, xi, Exp ? sphere::exp(step, square) : sphere::projection(step), size.n * size.p, 1);
-  }
-};
-
-template <bool Exp>
-struct ObliqueMap {
-  template <class T, class Size>
-  MK_FN static T project(const T* q, const T* m, T* xi, Size size) {
-    return oblique::project(q, m, xi, size);
-  }
-  template <class T, class Size>
-  MK_FN static void retract(T* q, const T* xi, T step, T, Size size) {
-    oblique::retract<Exp>(q, xi, step, size);
-  }
-};
-
-template <Retraction Kind>
-struct StiefelMap {
-  template <class T, class Size>
-  MK_FN static T project(const T* q, const T* m, T* xi, Size size) {
-    return stiefel::project(q, m, xi, size);
-  }
-  template <class T, class Size>
-  MK_FN static void retract(T* q, const T* xi, T step, T square, Size size) {
-    if constexpr (Kind == Retraction::cayley || Kind == Retraction::exp) step = stiefel::cut(step, square);
-    if constexpr (Kind == Retraction::qr) stiefel::retract_qr(q, xi, step, size);
-    if constexpr (Kind == Retraction::polar) stiefel::retract_polar(q, xi, step, size);
-    if constexpr (Kind == Retraction::cayley) stiefel::retract_cayley(q, xi, step, size);
-    if constexpr (Kind == Retraction::exp) stiefel::retract_exp(q, xi, step, size);
-  }
-};
-
-// Components as the kernels see them: numbers of the arithmetic type, either one matrix after the other, or with the same
-// element of all matrices side by side (`in_lanes`: channels_last weights lie so). In place where memory allows, else copied.
-template <class R>
-struct Tile {
-  static constexpr int elements = 2048;  // of each of w, g and m: together they stay in the first-level cache
-
-  int64_t k;  // first component, counted in the job
-  int count;  // components in it; whole registers are read, so that copies are padded with zeros
-  bool in_lanes, copied;
-  R *w, *m;
-  const R* g;
-  const int64_t *weight_element, *grad_element;  // in_lanes: where each element's row of lanes starts
-};
-
-template <class R, int Capacity>
-struct TileMemory {
-  static constexpr int size = Tile<R>::elements > Capacity * Pack<R>::lanes ? Tile<R>::elements : Capacity * Pack<R>::lanes;
-  alignas(64) R w[size], g[size], m[size];
-};
-
-// How many components from k on lie at one stride, and that stride.
-struct Run {
-  int64_t length, weight, grad, weight_step, grad_step;
-};
-
-MK_FN Run run_at(const Job& job, int64_t k, int64_t end) {
-  const Geometry& geometry = *job.geometry;
-  const int inner = geometry.batch_dims - 1;
-  const int64_t component = job.component(k);
-  Run run{1, offset_of(geometry, geometry.weight_stride, component), offset_of(geometry, geometry.grad_stride, component), 0, 0};
-  if (!job.listed && inner >= 0) {
-    run.length = geometry.size[inner] - component % geometry.size[inner];
-    run.length = run.length < end - k ? run.length : end - k;
-    run.weight_step = geometry.weight_stride[inner];
-    run.grad_step = geometry.grad_stride[inner];
-  }
-  return run;
-}
-
-// Copies `count` components from k on to or from memory of the arithmetic type, one after the other. `skip`: components
-// that are neither read (zeros instead) nor written.
-template <class R, class Size, bool Write>
-__attribute__((noinline)) void copy(const Job& job, void* base, bool grad, int64_t k, int count, Size size, const uint8_t* skip,
-                                    R* buffer) {
-  const int E = size.n * size.p;
-  const int64_t* element = grad ? job.grad_offset : job.weight_offset;
-  const bool in_order = grad ? job.grad_in_order : job.weight_in_order;
-  with_storage<R>(job.storage, [&](auto s) {
-    using S = decltype(s);
-    S* memory = static_cast<S*>(base);
-    for (int done = 0; done < count;) {
-      const Run run = run_at(job, k + done, k + count);
-      int64_t offset = grad ? run.grad : run.weight;
-      if (!skip && in_order && (grad ? run.grad_step : run.weight_step) == E) {
-        R* here = buffer + int64_t(done) * E;
-        sweep<R>(run.length * E, [&](int64_t i, auto tag) {
-          if constexpr (Write) put(memory + offset + i, at<decltype(tag)>(here + i));
-          if constexpr (!Write) to(here + i, get_as<decltype(tag)>(memory + offset + i));
-        });
-        done += int(run.length);
-        continue;
-      }
-      for (int64_t i = 0; i < run.length; i++, done++, offset += grad ? run.grad_step : run.weight_step) {
-        R* here = buffer + int64_t(done) * E;
-        if (skip && skip[done]) {
-          if (!Write)
-            for (int e = 0; e < E; e++) here[e] = R(0);
-        } else if (in_order) {
-          for (int e = 0; e < E; e++) {
-            if constexpr (Write) put(memory + offset + e, here[e]);
-            if constexpr (!Write) here[e] = real(memory[offset + e]);
-          }
-        } else {
-          for (int e = 0; e < E; e++) {
-            if constexpr (Write) put(memory + offset + element[e], here[e]);
-            if constexpr (!Write) here[e] = real(memory[offset + element[e]]);
-          }
-        }
-      }
-    }
-  });
-}
-
 // One component in the next wider type. `second`: the buffer is stored already. `step`: lr/tau, or null to take it from
-// the component's own norm, or NaN to stop after the momentum. Returns ||xi||^2, or -1 where the component is left as it is.
+// the component's own norm, or NaN to stop after the momentum. Returns ||xi||^2, or -1 where the component is left as
+// it is.
 template <class R, class Map>
 __attribute__((noinline)) double alone(const Job& job, int64_t k, bool second, const double* step) {
   using Wide = typename StorageTraits<R>::Wide;
@@ -193,13 +66,14 @@ class Lanes {
   const int width;  // components of a tile
   const Momentum<R> momentum;
   const StepSize<R> step_size;
-  const bool native;    // storage is R itself
+  const bool native;            // storage is R itself
   const bool reads_grad_twice;  // the second pass cannot have the direction from the buffer alone
   // Squares of directions up to here take the fast path: nothing overflows, and what is stored in 16 bits stays finite.
   const R largest_square;
 
   // The tile from k on; `skip` tells components to leave out, which needs a copy.
-  Tile<R> tile_at(int64_t k, int64_t end, bool second, const uint8_t* skip, TileMemory<R, Size::capacity>& memory) const {
+  Tile<R> tile_at(int64_t k, int64_t end, bool second, const uint8_t* skip,
+                  TileMemory<R, Size::capacity>& memory) const {
     Tile<R> t;
     const Run run = run_at(job, k, end);
     t.k = k;
@@ -309,7 +183,8 @@ class Lanes {
       R sum = R(0);
       for (int e = 0; e < E; e++) {
         const int64_t inside = int64_t(i) * E + e;
-        add_squares(t, second, t.in_lanes ? t.grad_element[e] + i : inside, t.in_lanes ? t.weight_element[e] + i : inside, sum);
+        add_squares(t, second, t.in_lanes ? t.grad_element[e] + i : inside,
+                    t.in_lanes ? t.weight_element[e] + i : inside, sum);
       }
       out[i] = !(sum <= largest_square);
     }
@@ -393,7 +268,8 @@ class Lanes {
       const bool all_near = step_tile(pass, t, sums, far);
       if (t.copied) {
         if (!first) copy<R, Size, true>(job, job.weight, false, k, t.count, size, skip, memory.w);
-        if (!second && momentum.buffered) copy<R, Size, true>(job, job.momentum, false, k, t.count, size, skip, memory.m);
+        if (!second && momentum.buffered)
+          copy<R, Size, true>(job, job.momentum, false, k, t.count, size, skip, memory.m);
       }
       if (skip || !all_near) {
         for (int i = 0; i < t.count; i++) {
@@ -401,8 +277,10 @@ class Lanes {
           if (!(out || far[i]) || (second && pass.skipped && pass.skipped[k + i])) continue;
           // A far component has its momentum already.
           const double stop = __builtin_nan("");
-          const double square =
-              alone<R, Map>(job, k + i, second || far[i], first ? &stop : second ? &pass.step : nullptr);
+          const double square = alone<R, Map>(job, k + i, second || far[i],
+                                              first    ? &stop
+                                              : second ? &pass.step
+                                                       : nullptr);
           if (square >= 0) {
             alone_squares += square;
           } else if (!second) {

@@ -50,8 +50,9 @@ void write_back(const Job& job, at::Tensor& tensor, const at::Tensor& which, con
   view.copy_(all.reshape(view.sizes()));
 }
 
-// Steps are cut to these lengths, in units of the scale. Of a longer one nothing is left but its direction (QR, polar), or
-// a rotation by many turns, whose angle rounding has lost (Cayley, exp), while the matrices that they need would overflow.
+// Steps are cut to these lengths, in units of the scale. Of a longer one nothing is left but its direction (QR, polar),
+// or a rotation by many turns, whose angle rounding has lost (Cayley, exp), while the matrices that they need would
+// overflow.
 constexpr double longest_step = 1e30, longest_turn = 64;
 
 at::Tensor polar_factor(const at::Tensor& Y) {
@@ -59,8 +60,8 @@ at::Tensor polar_factor(const at::Tensor& Y) {
   return U.matmul(Vh);
 }
 
-// qf(Q + V). A Gram matrix of condition <= 1 + ||V||^2 makes a Cholesky factor as accurate as rotations as long as the step
-// is short; longer steps take LAPACK's Householder reflections.
+// qf(Q + V). A Gram matrix of condition <= 1 + ||V||^2 makes a Cholesky factor as accurate as rotations as long as the
+// step is short; longer steps take LAPACK's Householder reflections.
 at::Tensor qf(const at::Tensor& Y, double longest) {
   if (longest <= 3) {
     const auto [L, info] = at::linalg_cholesky_ex(Y.mT().matmul(Y));
@@ -122,9 +123,9 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
   const at::Tensor divisor = safe.to(arithmetic).view({-1, 1, 1});
   d = ahead ? (gradient / divisor).add(d / divisor, job.hyper.momentum) : d / divisor;
 
-  const at::Tensor scales =
-      at::from_blob(const_cast<double*>(job.scales), {job.scale_stride ? job.count : 1}, at::TensorOptions().dtype(at::kDouble))
-          .expand({job.count});
+  const at::Tensor scales = at::from_blob(const_cast<double*>(job.scales), {job.scale_stride ? job.count : 1},
+                                          at::TensorOptions().dtype(at::kDouble))
+                                .expand({job.count});
   const at::Tensor s = scales.to(arithmetic).view({-1, 1, 1});
   const at::Tensor Q = at::where(placed.view({-1, 1, 1}), W / s, at::eye(g.n, g.p, W.options()));
   const at::Tensor QD = Q.mT().matmul(d);
@@ -136,12 +137,15 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
   at::Tensor factor;
   if (job.individual) {
     factor = at::empty_like(squares);
-    for (int64_t k = 0; k < job.count; k++) factor.data_ptr<double>()[k] = step_size(squares.const_data_ptr<double>()[k]);
+    for (int64_t k = 0; k < job.count; k++)
+      factor.data_ptr<double>()[k] = step_size(squares.const_data_ptr<double>()[k]);
   } else {
     factor = at::full_like(squares, step_size(squares.sum().item<double>()));
   }
-  const double limit = job.retraction == Retraction::cayley || job.retraction == Retraction::exp ? longest_turn : longest_step;
-  const at::Tensor stretch = at::where(norm > 0, at::minimum(factor * safe / scales, limit / norm), at::zeros_like(norm));
+  const double limit =
+      job.retraction == Retraction::cayley || job.retraction == Retraction::exp ? longest_turn : longest_step;
+  const at::Tensor stretch =
+      at::where(norm > 0, at::minimum(factor * safe / scales, limit / norm), at::zeros_like(norm));
   const double longest = (stretch * norm).max().item<double>();
   const at::Tensor V = (xi * -stretch.view({-1, 1, 1})).to(arithmetic);
 

@@ -1,4 +1,5 @@
-// Long vectors as consecutive numbers of the arithmetic type: in place where they lie so, else copied to scratch and back.
+// Long vectors as consecutive numbers of the arithmetic type: in place where they lie so, else copied to scratch and
+// back.
 #pragma once
 
 #include <type_traits>
@@ -83,8 +84,10 @@ MK_FN Span span_of(const Job& job, int64_t vector) {
   const Geometry& g = *job.geometry;
   const bool columns = by_columns(job);
   const int64_t component = job.component(columns ? vector / g.p : vector);
-  Span span{offset_of(g, g.weight_stride, component), offset_of(g, g.grad_stride, component),
-            columns ? g.n : g.n * g.p,                g.batch_dims,
+  Span span{offset_of(g, g.weight_stride, component),
+            offset_of(g, g.grad_stride, component),
+            columns ? g.n : g.n * g.p,
+            g.batch_dims,
             columns ? g.batch_dims + g.row_dims : g.dims,
             columns ? g.dense_columns : g.dense};
   if (columns) {
@@ -121,9 +124,7 @@ void gather(const Job& job, const Span& span, const void* base, const int64_t* s
     const S* memory = static_cast<const S*>(base);
     if constexpr (sizeof(A) == sizeof(R)) {
       if (span.dense) {
-        sweep<R>(span.length, [&](int64_t i, auto tag) {
-          to(into + i, get_as<decltype(tag)>(memory + start + i));
-        });
+        sweep<R>(span.length, [&](int64_t i, auto tag) { to(into + i, get_as<decltype(tag)>(memory + start + i)); });
         return;
       }
     }
@@ -138,9 +139,7 @@ void scatter(const Job& job, const Span& span, void* base, const A* from) {
     S* memory = static_cast<S*>(base);
     if constexpr (sizeof(A) == sizeof(R)) {
       if (span.dense) {
-        sweep<R>(span.length, [&](int64_t i, auto tag) {
-          put(memory + span.weight + i, at<decltype(tag)>(from + i));
-        });
+        sweep<R>(span.length, [&](int64_t i, auto tag) { put(memory + span.weight + i, at<decltype(tag)>(from + i)); });
         return;
       }
     }

@@ -1,8 +1,8 @@
 // Steps of long vectors, elements in lanes: spheres, the columns of oblique matrices, PSI and Grassmann rows.
 //
-// A vector is read from memory once: its sums are taken in double, norms after the step follow from them in closed form,
-// and the later sweeps find it in the cache. A vector whose squares leave the range of the arithmetic type is computed by
-// the same code in the next wider type.
+// A vector is read from memory once: its sums are taken in double, norms after the step follow from them in closed
+// form, and the later sweeps find it in the cache. A vector whose squares leave the range of the arithmetic type is
+// computed by the same code in the next wider type.
 #pragma once
 
 #include "cpu/rows.h"
@@ -34,7 +34,8 @@ class Vector {
 
   // Elements beyond this in a 16-bit buffer would be stored as infinity.
   Scalar largest() const {
-    return job.storage == Storage::float16 ? Scalar(StorageTraits<Float16>::largest) : Scalar(StorageTraits<R>::largest);
+    return job.storage == Storage::float16 ? Scalar(StorageTraits<Float16>::largest)
+                                           : Scalar(StorageTraits<R>::largest);
   }
   // Squares up to here take the fast path.
   Scalar fast_square() const {
@@ -96,7 +97,8 @@ class Vector {
     if (direct && job.momentum) m = static_cast<A*>(job.momentum) + span.weight;
   }
 
-  // --- FG-SGD on the sphere -------------------------------------------------------------------------------------------
+  // --- FG-SGD on the sphere
+  // -------------------------------------------------------------------------------------------
 
   // Whether weight, gradient and new buffer are finite; the buffer is computed and thrown away.
   bool finite() const {
@@ -137,7 +139,8 @@ class Vector {
     const Scalar square = mm.value();
     if (!wide && !(square <= fast_square() && qq.value() <= fast_square())) return false;
     const Scalar inner = qm.value() / scale, norm = qq.value() / (scale * scale);
-    // ||m - qm q||^2 = mm - qm^2 (2 - qq) cancels where m is nearly radial: the difference is taken anew, element by element.
+    // ||m - qm q||^2 = mm - qm^2 (2 - qq) cancels where m is nearly radial: the difference is taken anew, element by
+    // element.
     Scalar tangent = square - inner * inner * (2 - norm);
     if (tangent < square * (sizeof(A) == 4 ? Scalar(1e-6) : Scalar(0.25))) {
       Sum<A> direct_square;
@@ -193,7 +196,8 @@ class Vector {
     // s (a q + b (d - qm q)) / norm as one combination of w and d.
     const A alpha = A((arc.a - arc.b * qm) * inverse), beta = A(scale * arc.b * inverse);
     combine(alpha, beta, second);
-    // Where the radial part of d is long against the result, the combination cancels: measure it and normalise once more.
+    // Where the radial part of d is long against the result, the combination cancels: measure it and normalise once
+    // more.
     if (abs(arc.b * qm) > Scalar(0.5)) {
       Sum<A> sum;
       each([&](int64_t i, auto tag) {
@@ -223,7 +227,8 @@ class Vector {
     if (weight_staged) scatter<A, R>(job, span, job.weight, w);
   }
 
-  // --- PSI ------------------------------------------------------------------------------------------------------------
+  // --- PSI
+  // ------------------------------------------------------------------------------------------------------------
 
   // False where the vector must be left to the wide type, or as it is.
   bool psi() {
@@ -274,7 +279,8 @@ class Vector {
     return true;
   }
 
-  // --- SGD-G and Adam-G -----------------------------------------------------------------------------------------------
+  // --- SGD-G and Adam-G
+  // -----------------------------------------------------------------------------------------------
 
   bool grassmann(int64_t component) {
     const Hyper& h = job.hyper;
@@ -375,7 +381,8 @@ class Vector {
 template <class Wide>
 struct Scratch {
   Wide* memory;
-  explicit Scratch(int64_t n) : memory(static_cast<Wide*>(__builtin_malloc(size_t(vector_scratch) * n * sizeof(Wide)))) {}
+  explicit Scratch(int64_t n)
+      : memory(static_cast<Wide*>(__builtin_malloc(size_t(vector_scratch) * n * sizeof(Wide)))) {}
   ~Scratch() { __builtin_free(memory); }
 };
 

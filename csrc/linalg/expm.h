@@ -9,8 +9,8 @@ namespace mk {
 //
 // A is halved k times until its 1-norm is at most 1/2. The Taylor remainder after degree d is below (1/2)^{d+1}/(d+1)!,
 // 2e-10 for d = 8 and 1e-19 for d = 14, under the rounding of float and of double with room for k squarings.
-// Every lane has a number of halvings of its own: squaring a short matrix as often as a long neighbour's would cost it a
-// bit of accuracy each time. A lane that is not finite is not halved, and whatever comes out of it.
+// Every lane has a number of halvings of its own: squaring a short matrix as often as a long neighbour's would cost it
+// a bit of accuracy each time. A lane that is not finite is not halved, and whatever comes out of it.
 template <class T>
 MK_FN void expm(T* A, T* E, T* work, int m) {
   using R = Real<T>;

@@ -1,8 +1,8 @@
 // The unit sphere: points q, ambient m, tangent xi; vectors of any length. Scale is the caller's (q = w/s, v = V/s).
 #pragma once
 
-#include "linalg/small_matrix.h"
 #include "lane.h"
+#include "linalg/small_matrix.h"
 
 namespace mk::sphere {
 

@@ -51,8 +51,9 @@ MK_FN void retract_polar(T* Q, const T* xi, T step, Size size) {
   jacobi_polar(Y, Q, size);
 }
 
-// Q <- the polar factor of Y, and Q as it was where Y is not finite (steps so long that a double cannot hold their square).
-// Cayley and exp only move Q by an orthogonal factor, so without it the rounding errors of all steps would add up.
+// Q <- the polar factor of Y, and Q as it was where Y is not finite (steps so long that a double cannot hold their
+// square). Cayley and exp only move Q by an orthogonal factor, so without it the rounding errors of all steps would add
+// up.
 template <class T, class Size>
 MK_FN void land(T* Y, T* Q, Size size) {
   const int count = size.n * size.p;
@@ -98,14 +99,14 @@ MK_FN void retract_cayley(T* Q, const T* xi, T step, Size size) {
   land(PX, Q, size);
 }
 
-// Q <- [Q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A), A = Q^T X, X = step xi (Edelman, Arias & Smith 1998, section 2.2.2,
-// Euclidean metric).
+// Q <- [Q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A), A = Q^T X, X = step xi (Edelman, Arias & Smith 1998,
+// section 2.2.2, Euclidean metric).
 template <class T, class Size>
 MK_FN void retract_exp(T* Q, const T* xi, T step, Size size) {
   const int n = size.n, p = size.p, m = 2 * p;
   T X[Size::capacity], A[Size::square_capacity], S[Size::square_capacity];
-  // Projected once more: the exponential grows with what is symmetric in A, which is not only rounding where Q was stored
-  // in 16 bits.
+  // Projected once more: the exponential grows with what is symmetric in A, which is not only rounding where Q was
+  // stored in 16 bits.
   project(Q, xi, X, size);
   for (int e = 0; e < n * p; e++) X[e] = step * X[e];
   multiply_tn(Q, X, A, n, p, p);

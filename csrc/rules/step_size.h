@@ -10,8 +10,8 @@ struct StepSize {
   R lr, rho, curvature;
   bool bounded;  // "general"; otherwise tau = 1
 
-  // lr / tau for a group whose Riemannian gradient has the given square norm. The square root of Eq. 5 is taken factor by
-  // factor, tau = max(1, R max(2 rho + R, sqrt(1 + c (rho + R)))), so that R^4 cannot overflow.
+  // lr / tau for a group whose Riemannian gradient has the given square norm. The square root of Eq. 5 is taken factor
+  // by factor, tau = max(1, R max(2 rho + R, sqrt(1 + c (rho + R)))), so that R^4 cannot overflow.
   template <class T>
   MK_FN T operator()(T square) const {
     if (!bounded) return T(lr);

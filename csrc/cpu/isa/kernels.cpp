@@ -1,5 +1,5 @@
-// The kernels of one instruction set: its table, element-wise steps and long vectors. setup.py compiles this folder once for
-// each instruction set, with MK_ISA naming it.
+// The kernels of one instruction set: its table, element-wise steps and long vectors. setup.py compiles this folder
+// once for each instruction set, with MK_ISA naming it.
 #include "cpu/euclidean.h"
 #include "cpu/pass.h"
 #include "cpu/vectors.h"
@@ -56,7 +56,8 @@ void vectors_second(const Job& job, int64_t begin, int64_t end, double step, con
 #define MK_TABLE_NAME(isa) kernels_##isa
 #define MK_TABLE(isa) MK_TABLE_NAME(isa)
 extern const Kernels MK_TABLE(MK_ISA);
-const Kernels MK_TABLE(MK_ISA) = {MK_ISA::euclidean,     MK_ISA::lanes_whole,   MK_ISA::lanes_first,   MK_ISA::lanes_second,
-                                  MK_ISA::vectors_whole, MK_ISA::vectors_first, MK_ISA::vectors_second};
+const Kernels MK_TABLE(MK_ISA) = {MK_ISA::euclidean,     MK_ISA::lanes_whole,   MK_ISA::lanes_first,
+                                  MK_ISA::lanes_second,  MK_ISA::vectors_whole, MK_ISA::vectors_first,
+                                  MK_ISA::vectors_second};
 
 }  // namespace mk

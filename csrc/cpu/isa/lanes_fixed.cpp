@@ -1,5 +1,5 @@
-// Small matrices of the sizes in size.h with the retractions that everyone trains with, in float arithmetic: float64 is for
-// checking, and would double the time of a build.
+// Small matrices of the sizes in size.h with the retractions that everyone trains with, in float arithmetic: float64 is
+// for checking, and would double the time of a build.
 #include "cpu/lanes.h"
 
 namespace mk {
