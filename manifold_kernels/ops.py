@@ -34,7 +34,18 @@ SCHEMA = (
 )
 
 Step = Callable[
-    [Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    [
+        Sequence[Tensor],
+        Sequence[Tensor | None],
+        Sequence[Tensor],
+        Sequence[Tensor],
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+    ],
     None,
 ]
 

@@ -203,7 +203,9 @@ class Plan:
         for name, dtype in (("groups", torch.int64), ("components", torch.int64), ("scales", torch.float64)):
             tensor = getattr(self, name)
             if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise ValueError(f"plan: wanted {name} contiguous {dtype} on the CPU, got {tensor.dtype}, {tensor.device}.")
+                raise ValueError(
+                    f"plan: wanted {name} contiguous {dtype} on the CPU, got {tensor.dtype}, {tensor.device}."
+                )
         if not bool(torch.isfinite(self.scales).all()) or bool((self.scales <= 0).any()):
             raise ValueError("plan: wanted finite scales > 0.")
         by_code = {manifold.code: manifold for manifold in MANIFOLDS}
@@ -236,7 +238,7 @@ class Plan:
             self._check_range(row, {"scale": last_scale}, "scale", self.scales.numel())
             self._check_range(row, at, "scale", self.scales.numel())
             members = self.members(row)
-            if members.numel() and not (0 <= int(members.min()) and int(members.max()) < total):
+            if members.numel() and not (int(members.min()) >= 0 and int(members.max()) < total):
                 raise ValueError(f"plan: group {row} lists a component outside [0, {total}).")
             covered.setdefault(at["parameter"], []).append(members)
         for parameter, lists in covered.items():
@@ -244,7 +246,9 @@ class Plan:
             times = torch.bincount(torch.cat(lists), minlength=total)
             if not bool((times == 1).all()):
                 wrong = int((times != 1).nonzero()[0])
-                raise ValueError(f"plan: component {wrong} of parameter {parameter} is in {int(times[wrong])} groups, not 1.")
+                raise ValueError(
+                    f"plan: component {wrong} of parameter {parameter} is in {int(times[wrong])} groups, not 1."
+                )
 
     @staticmethod
     def _check_range(row: int, at: dict[str, int], name: str, end: int) -> None:

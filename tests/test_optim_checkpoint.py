@@ -233,7 +233,7 @@ MISFITS: list[tuple[Spoil, str]] = [
     (lambda s: column(s, "hyper").add_(1), "plan: group 0 has hyper 1"),
     (lambda s: column(s, "rule").fill_(1), "plan: group 0 has rule 1"),
     (lambda s: column(s, "view").fill_(9), "plan: group 0 has view 9"),
-    (lambda s: column(s, "retraction").fill_(5), "plan: group 0 has retraction 5"),
+    (lambda s: column(s, "retraction").fill_(5), "plan: group 1 has retraction 5"),
     (lambda s: column(s, "scale").add_(1), "plan: group 2 has scale 3"),
     (lambda s: column(s, "scale").sub_(1), "plan: group 0 has scale -1"),
     (lambda s: column(s, "count")[:1].add_(1), "plan: group 0 ends at component 9"),

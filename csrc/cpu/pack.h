@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
 #endif
 
 #include "lane.h"
@@ -77,31 +79,36 @@ struct Pack {
 
 template <class R>
 MK_FN Pack<R> fma(Pack<R> a, Pack<R> b, Pack<R> c) {
+  [[maybe_unused]] constexpr bool single = sizeof(R) == 4;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_fmadd_ps(a.v, b.v, c.v));
-  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_fmadd_pd(a.v, b.v, c.v));
+  if constexpr (single) return Pack<R>(_mm512_fmadd_ps(a.v, b.v, c.v));
+  if constexpr (!single) return Pack<R>(_mm512_fmadd_pd(a.v, b.v, c.v));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm256_fmadd_ps(a.v, b.v, c.v));
-  if constexpr (sizeof(R) == 8) return Pack<R>(_mm256_fmadd_pd(a.v, b.v, c.v));
+  if constexpr (single) return Pack<R>(_mm256_fmadd_ps(a.v, b.v, c.v));
+  if constexpr (!single) return Pack<R>(_mm256_fmadd_pd(a.v, b.v, c.v));
+#elif defined(__aarch64__)
+  if constexpr (single) return Pack<R>((typename Pack<R>::Numbers)vfmaq_f32(c.v, a.v, b.v));
+  if constexpr (!single) return Pack<R>((typename Pack<R>::Numbers)vfmaq_f64(c.v, a.v, b.v));
 #else
-  Pack<R> x;
-  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::fma(a.v[l], b.v[l], c.v[l]);
-  return x;
+  return Pack<R>(a.v * b.v + c.v);
 #endif
 }
 
 template <class R>
 MK_FN Pack<R> sqrt(Pack<R> a) {
+  [[maybe_unused]] constexpr bool single = sizeof(R) == 4;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_sqrt_ps(a.v));
-  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_sqrt_pd(a.v));
+  if constexpr (single) return Pack<R>(_mm512_sqrt_ps(a.v));
+  if constexpr (!single) return Pack<R>(_mm512_sqrt_pd(a.v));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(R) == 4) return Pack<R>(_mm256_sqrt_ps(a.v));
-  if constexpr (sizeof(R) == 8) return Pack<R>(_mm256_sqrt_pd(a.v));
+  if constexpr (single) return Pack<R>(_mm256_sqrt_ps(a.v));
+  if constexpr (!single) return Pack<R>(_mm256_sqrt_pd(a.v));
+#elif defined(__aarch64__)
+  if constexpr (single) return Pack<R>((typename Pack<R>::Numbers)vsqrtq_f32(a.v));
+  if constexpr (!single) return Pack<R>((typename Pack<R>::Numbers)vsqrtq_f64(a.v));
 #else
-  Pack<R> x;
-  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::sqrt(a.v[l]);
-  return x;
+  if constexpr (single) return Pack<R>(_mm_sqrt_ps(a.v));
+  if constexpr (!single) return Pack<R>(_mm_sqrt_pd(a.v));
 #endif
 }
 
