@@ -39,8 +39,8 @@ def scale_of(of: Manifold, layout: Layout, weight: Tensor) -> float:
 
     ``"fan"`` gives a filter (all weights into one output neuron) the norm sqrt(2) that He initialisation gives it on
     average: sphere ``s = sqrt(2/C)``, oblique and Stiefel ``s = sqrt(2/(C min(n, p)))`` for ``kernel`` views with C
-    inputs; ``sqrt(2)`` for ``filter`` views; for ``matrix`` views ``s^2 rank = 2 D``, with rank 1 (sphere), p (oblique),
-    min(n, p) (Stiefel) and D outputs.
+    inputs; ``sqrt(2)`` for ``filter`` views; for ``matrix`` views ``s^2 rank = 2 D``, with rank 1 (sphere), p
+    (oblique), min(n, p) (Stiefel) and D outputs.
     """
     if not isinstance(of, _Scaled) or of.scale == "unit":
         return 1.0

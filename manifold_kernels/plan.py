@@ -122,7 +122,7 @@ class Plan:
 
     @staticmethod
     def build(groups: Sequence[Group], parameters: Sequence[Tensor]) -> Plan:
-        """The plan of ``groups`` over ``parameters``; raises ``ValueError`` where a group does not fit its parameter."""
+        """The plan of ``groups`` over ``parameters``; raises ``ValueError`` where a group does not fit."""
         rows: list[list[int]] = []
         listed: list[Tensor] = []
         scales: list[Tensor] = []

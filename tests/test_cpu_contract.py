@@ -240,6 +240,11 @@ def test_zero_weights(dtype: torch.dtype) -> None:
     w = torch.zeros(3, 5, dtype=dtype)
     run = run_steps(compiled, [w], [[torch.ones_like(w)]], [group(ScaleInvariant())], [{"momentum": 0.9}])
     assert float(run.params[0].abs().max()) == 0 and run.nonfinite.tolist() == [0]
+    # A zero row on G(1, n) takes the direction of its first step, which is against the gradient.
+    rows = [row("grassmann", "sgd_g", FILTER)]
+    run = run_steps(compiled, [w], [[torch.ones_like(w)]], rows, [{"momentum": 0.9, "clip": 0.1}])
+    wanted = torch.full((3, 5), -(5**-0.5), dtype=torch.float64)
+    assert torch.allclose(run.params[0].double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)

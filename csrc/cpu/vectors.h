@@ -301,9 +301,10 @@ class Vector {
              : !(gg.value() <= fast_square() && tt.value() <= fast_square()))
       return false;
     const Scalar norm = sqrt(ww.value());
-    if (!(norm > 0)) return norm == 0;  // no direction to turn: stays zero
+    if (!(norm >= 0)) return false;
+    const Scalar unit = norm > 0 ? 1 / norm : Scalar(0);  // a zero row takes the direction of its first step
     const Scalar sign = h.maximize != 0 ? -1 : 1;
-    const A inverse = A(1 / norm), inner = A(wg.value() / norm);
+    const A inverse = A(unit), inner = A(wg.value() * unit);
     Sum<A> hh;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
@@ -333,7 +334,7 @@ class Vector {
       qd.add(at<V>(w + i), d);
     });
     // The transported momentum is tangent but for rounding: what is radial in d is taken out.
-    const Scalar radial = qd.value() / norm;
+    const Scalar radial = qd.value() * unit;
     const Scalar tangent = max(dd.value() - radial * radial, Scalar(0));
     const grassmann::Geodesic<Scalar> along(abs(factor) * sqrt(tangent));
     const Scalar turn = (factor < 0 ? -1 : 1) * sqrt(tangent) * sin(abs(factor) * sqrt(tangent));
@@ -349,13 +350,13 @@ class Vector {
       after.add(point, point);
       across.add(point, carried);
     });
-    const Scalar final_norm = sqrt(after.value());
-    const A off = A(across.value() / after.value());
+    const Scalar final_square = after.value() > 0 ? after.value() : Scalar(1);
+    const A off = A(across.value() / final_square);
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
       const V point = at<V>(w + i);
       to(fresh + i, fma(point, V(-off), at<V>(fresh + i)));
-      to(w + i, point * V(A(1 / final_norm)));
+      to(w + i, point * V(A(1 / sqrt(final_square))));
     });
     store_weight();
     store_momentum();
