@@ -59,6 +59,8 @@ template <class R, class Map, class Size>
 class Lanes {
   using T = Pack<R>;
   static constexpr int N = T::lanes;
+  // channels_last tiles are stepped in place at the sizes of size.h; a second body for all others would not pay.
+  static constexpr bool is_fixed = !std::is_same<Size, Dynamic>::value;
 
   const Job& job;
   const Size size;
@@ -66,8 +68,11 @@ class Lanes {
   const int width;  // components of a tile
   const Momentum<R> momentum;
   const StepSize<R> step_size;
-  const bool native;            // storage is R itself
-  const bool reads_grad_twice;  // the second pass cannot have the direction from the buffer alone
+  const bool native;         // storage is R itself
+  const bool is_buffer;      // the direction is the buffer as stored; the second pass needs no gradient
+  const bool is_gradient;    // the direction is the gradient as stored
+  const bool steady;         // the commonest step: buffers exist, nothing is negated, looked ahead or rounded
+  const T scale0, inverse0;  // of the first component: of all where they share it
   // Squares of directions up to here take the fast path: nothing overflows, and what is stored in 16 bits stays finite.
   const R largest_square;
 
@@ -81,41 +86,52 @@ class Lanes {
     t.weight_element = job.weight_offset;
     t.grad_element = job.grad_offset;
     const int in_place = int(run.length < t.count ? run.length : t.count) / N * N;
-    const bool lanes = run.weight_step == 1 && run.grad_step == 1;
+    const bool lanes = is_fixed && run.weight_step == 1 && run.grad_step == 1;
     const bool ordered = run.weight_step == E && run.grad_step == E && job.weight_in_order && job.grad_in_order;
-    t.copied = !(native && !skip && in_place > 0 && (lanes || ordered));
+    t.copied = !(native && !skip && in_place > 0 && (lanes || ordered) && (is_buffer || is_gradient));
     t.in_lanes = !t.copied && lanes;
     if (!t.copied) {
       t.count = in_place;
       t.w = static_cast<R*>(job.weight) + run.weight;
       t.g = static_cast<const R*>(job.grad) + run.grad;
       t.m = static_cast<R*>(job.momentum) + run.weight;
+      t.d = is_buffer ? t.m : t.g;
+      t.direction_element = is_buffer ? t.weight_element : t.grad_element;
       return t;
     }
     t.w = memory.w;
     t.g = memory.g;
     t.m = memory.m;
+    t.d = is_buffer ? t.m : t.g;
     const int padded = (t.count + N - 1) / N * N;
     const auto take = [&](void* base, bool grad, R* into) {
       copy<R, Size, false>(job, base, grad, k, t.count, size, skip, into);
       for (int i = t.count * E; i < padded * E; i++) into[i] = R(0);
     };
     take(job.weight, false, memory.w);
-    if (!second || reads_grad_twice) take(const_cast<void*>(job.grad), true, memory.g);
+    if (!second || !is_buffer) take(const_cast<void*>(job.grad), true, memory.g);
     if (momentum.buffered && (second || !momentum.first)) take(job.momentum, false, memory.m);
     return t;
   }
 
-  // f(offset in g, offset in w and m) over registers full of the tile's elements, in the order of memory.
+  // f(offset in g, offset in w and m, sum) over registers full of the tile's elements, in the order of memory. Four
+  // sums take turns, so that none waits for its last addition; returns their sum.
   template <class F>
-  MK_FN void each(const Tile<R>& t, const F& f) const {
-    const int padded = (t.count + N - 1) / N * N;
-    if (t.in_lanes) {
-      for (int e = 0; e < E; e++)
-        for (int l = 0; l < padded; l += N) f(t.grad_element[e] + l, t.weight_element[e] + l);
-    } else {
-      for (int i = 0; i < padded * E; i += N) f(i, i);
+  MK_FN T each(const Tile<R>& t, const F& f) const {
+    T a = T(R(0)), b = a, c = a, d = a;
+    const int padded = (t.count + N - 1) / N * N, rows = t.in_lanes ? E : 1, row = t.in_lanes ? padded : padded * E;
+    for (int e = 0; e < rows; e++) {
+      const int64_t grad = t.in_lanes ? t.grad_element[e] : 0, weight = t.in_lanes ? t.weight_element[e] : 0;
+      int i = 0;
+      for (; i + 4 * N <= row; i += 4 * N) {
+        f(grad + i, weight + i, a);
+        f(grad + i + N, weight + i + N, b);
+        f(grad + i + 2 * N, weight + i + 2 * N, c);
+        f(grad + i + 3 * N, weight + i + 3 * N, d);
+      }
+      for (; i < row; i += N) f(grad + i, weight + i, a);
     }
+    return (a + b) + (c + d);
   }
 
   // The new buffer (the stored one in the second pass), or the gradient where there is none.
@@ -140,38 +156,51 @@ class Lanes {
 
   // For all components of the tile at once.
   MK_FN bool in_range(const Tile<R>& t, bool second) const {
-    T sum = T(R(0));
-    each(t, [&](int64_t grad, int64_t weight) { add_squares(t, second, grad, weight, sum); });
+    T sum;
+    if (steady && !second) {
+      const T mu = T(momentum.momentum), rate = T(momentum.one_minus_dampening);
+      const R *g = t.g, *m = t.m, *w = t.w;
+      sum = each(t, [=](int64_t grad, int64_t weight, T& sum) {
+        const T buffer = fma(T::load(g + grad), rate, T::load(m + weight) * mu), x = T::load(w + weight);
+        sum = fma(buffer, buffer, fma(x, x, sum));
+      });
+    } else {
+      sum = each(t, [&](int64_t grad, int64_t weight, T& sum) { add_squares(t, second, grad, weight, sum); });
+    }
     return !any(!(sum <= T(largest_square)));
   }
 
-  // Momentum needs no matrix structure: it is updated in the order of memory.
-  MK_FN void update_momentum(const Tile<R>& t) const {
-    if (!momentum.buffered) return;
-    each(t, [&](int64_t grad, int64_t weight) { buffer_at<T>(t, false, grad, weight).store(t.m + weight); });
+  // Momentum needs no matrix structure: it is updated in the order of memory, and the direction with it.
+  MK_FN void update_momentum(const Tile<R>& t, bool second, R* fresh) const {
+    if (steady && !second) {
+      const T mu = T(momentum.momentum), rate = T(momentum.one_minus_dampening);
+      const R* g = t.g;
+      R* m = t.m;
+      each(t, [=](int64_t grad, int64_t weight, T&) {
+        fma(T::load(g + grad), rate, T::load(m + weight) * mu).store(m + weight);
+      });
+      return;
+    }
+    if (momentum.buffered && !second)
+      each(t, [&](int64_t grad, int64_t weight, T&) { buffer_at<T>(t, false, grad, weight).store(t.m + weight); });
+    if (is_buffer || is_gradient) return;
+    // Only copies come here (tile_at), so that the gradient's place is free.
+    each(t, [&](int64_t grad, int64_t weight, T&) {
+      const T gradient = momentum.gradient(T(R(0)), T::load(t.g + grad));
+      momentum.direction(gradient, momentum.buffered ? T::load(t.m + weight) : gradient).store(fresh + grad);
+    });
   }
 
-  MK_FN void bring(const Tile<R>& t, const R* base, const int64_t* element, int l, T* x) const {
-    if (t.in_lanes) {
+  template <bool InLanes>
+  MK_FN void bring(const R* base, const int64_t* element, int l, T* x) const {
+    if constexpr (InLanes) {
       for (int e = 0; e < E; e++) x[e] = T::load(base + element[e] + l);
     } else {
       to_lanes(base + int64_t(l) * E, x, size);
     }
   }
 
-  // The direction of N components from l on, once the buffer is stored.
-  MK_FN void direction(const Tile<R>& t, int l, T* d) const {
-    if (momentum.buffered) {
-      bring(t, t.m, t.weight_element, l, d);
-      if (!momentum.nesterov) return;
-    }
-    T g[Size::capacity];
-    bring(t, t.g, t.grad_element, l, g);
-    for (int e = 0; e < E; e++) d[e] = momentum.direction(momentum.gradient(T(R(0)), g[e]), d[e]);
-  }
-
-  MK_FN T scale_of(const Tile<R>& t, int l) const {
-    if (!job.scale_stride) return T(job.scales[0]);
+  T scale_of(const Tile<R>& t, int l) const {
     R scale[N];
     for (int i = 0; i < N; i++) scale[i] = R(job.scale(t.k + (l + i < t.count ? l + i : 0)));
     return T::load(scale);
@@ -200,14 +229,20 @@ class Lanes {
     }
   };
 
-  // The matrix part of a pass. `far`: set for components whose step leaves the range; they keep their weight.
+  // The matrix part of a pass: projection, norm, retraction. `far`: set for components whose step leaves the range;
+  // they keep their weight.
+  template <bool InLanes>
   MK_FN bool step_tile(const Pass& pass, const Tile<R>& t, Sums& sums, uint8_t* far) const {
     bool all_near = true;
+    T scale = scale0, inverse = inverse0;
     for (int l = 0; l < t.count; l += N) {
       T q[Size::capacity], d[Size::capacity], xi[Size::capacity];
-      const T scale = scale_of(t, l), inverse = T(R(1)) / scale;
-      direction(t, l, d);
-      bring(t, t.w, t.weight_element, l, q);
+      if (job.scale_stride) {
+        scale = scale_of(t, l);
+        inverse = T(R(1)) / scale;
+      }
+      bring<InLanes>(t.d, t.direction_element, l, d);
+      bring<InLanes>(t.w, t.weight_element, l, q);
       for (int e = 0; e < E; e++) q[e] = q[e] * inverse;
       const T square = Map::project(q, d, xi, size);
       if (pass.kind == Pass::first) {
@@ -219,12 +254,12 @@ class Lanes {
       Map::retract(q, xi, step, square, size);
       for (int e = 0; e < E; e++) q[e] = q[e] * scale;
       if (any(!near)) {
-        bring(t, t.w, t.weight_element, l, d);
+        bring<InLanes>(t.w, t.weight_element, l, d);
         for (int e = 0; e < E; e++) q[e] = select(near, q[e], d[e]);
         for (int i = 0; i < N && l + i < t.count; i++) far[l + i] = !near.v[i];
         all_near = false;
       }
-      if (t.in_lanes) {
+      if constexpr (InLanes) {
         for (int e = 0; e < E; e++) q[e].store(t.w + t.weight_element[e] + l);
       } else {
         from_lanes(q, t.w + int64_t(l) * E, size);
@@ -242,7 +277,11 @@ class Lanes {
         momentum(momentum_of<R>(job)),
         step_size(step_size_of<R>(job)),
         native(job.storage == (sizeof(R) == 4 ? Storage::float32 : Storage::float64)),
-        reads_grad_twice(!momentum.buffer_is_direction()),
+        is_buffer(momentum.buffer_is_direction()),
+        is_gradient(!momentum.buffered && !momentum.maximize),
+        steady(is_buffer && !momentum.first && !momentum.maximize && native),
+        scale0(R(job.scales[0])),
+        inverse0(T(R(1)) / scale0),
         largest_square(job.storage == Storage::float16
                            ? R(StorageTraits<Float16>::largest) * R(StorageTraits<Float16>::largest)
                            : Limits<R>::huge_square) {}
@@ -264,8 +303,13 @@ class Lanes {
         t = tile_at(k, k + t.count, second, skip, memory);
       }
       for (int i = 0; i < t.count; i++) far[i] = 0;
-      if (!second) update_momentum(t);
-      const bool all_near = step_tile(pass, t, sums, far);
+      update_momentum(t, second, memory.g);
+      bool all_near;
+      if constexpr (is_fixed) {
+        all_near = t.in_lanes ? step_tile<true>(pass, t, sums, far) : step_tile<false>(pass, t, sums, far);
+      } else {
+        all_near = step_tile<false>(pass, t, sums, far);
+      }
       if (t.copied) {
         if (!first) copy<R, Size, true>(job, job.weight, false, k, t.count, size, skip, memory.w);
         if (!second && momentum.buffered)

@@ -21,7 +21,9 @@ struct Tile {
   bool in_lanes, copied;
   R *w, *m;
   const R* g;
-  const int64_t *weight_element, *grad_element;  // in_lanes: where each element's row of lanes starts
+  const R* d;  // the direction, once the momentum is updated
+  const int64_t *weight_element, *grad_element,
+      *direction_element;  // in_lanes: where each element's row of lanes starts
 };
 
 template <class R, int Capacity>

@@ -35,13 +35,26 @@ MK_FN void multiply(const T* A, const T* B, T* C, int a, int k, int b) {
   }
 }
 
-// Sum of squares.
+// <x, y> of vectors of length k whose elements are `stride` apart, in three sums: one would be a chain of multiply-adds
+// that each wait for the last.
+template <class T>
+MK_FN T inner(const T* x, const T* y, int k, int stride) {
+  T a = T(0), b = T(0), c = T(0);
+  int e = 0;
+  MK_UNROLL
+  for (; e + 3 <= k; e += 3) {
+    a = fma(x[e * stride], y[e * stride], a);
+    b = fma(x[(e + 1) * stride], y[(e + 1) * stride], b);
+    c = fma(x[(e + 2) * stride], y[(e + 2) * stride], c);
+  }
+  MK_UNROLL
+  for (; e < k; e++) a = fma(x[e * stride], y[e * stride], a);
+  return (a + b) + c;
+}
+
 template <class T>
 MK_FN T square_norm(const T* x, int size) {
-  T sum = x[0] * x[0];
-  MK_UNROLL
-  for (int e = 1; e < size; e++) sum = fma(x[e], x[e], sum);
-  return sum;
+  return inner(x, x, size, 1);
 }
 
 }  // namespace mk

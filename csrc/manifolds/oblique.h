@@ -19,9 +19,7 @@ MK_FN void retract(T* q, const T* xi, T step, Size size) {
   for (int j = 0; j < size.p; j++) {
     sphere::Arc<T> arc = sphere::projection(step);
     if (Exp) {
-      T square = T(0);
-      MK_UNROLL
-      for (int i = 0; i < size.n; i++) square = fma(xi[i * size.p + j], xi[i * size.p + j], square);
+      const T square = inner(xi + j, xi + j, size.n, size.p);
       arc = sphere::exp(step, square);
     }
     sphere::retract(q + j, xi + j, arc, size.n, size.p);

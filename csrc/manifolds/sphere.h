@@ -37,29 +37,18 @@ MK_FN Arc<T> exp(T step, T square) {
 // Projection of m (length k, elements `stride` apart) and ||xi||^2.
 template <class T>
 MK_FN T project(const T* q, const T* m, T* xi, int k, int stride) {
-  T qm = q[0] * m[0];
+  const T qm = inner(q, m, k, stride);
   MK_UNROLL
-  for (int e = 1; e < k; e++) qm = fma(q[e * stride], m[e * stride], qm);
-  T square = T(0);
-  MK_UNROLL
-  for (int e = 0; e < k; e++) {
-    const T x = rgrad(q[e * stride], m[e * stride], qm);
-    xi[e * stride] = x;
-    square = fma(x, x, square);
-  }
-  return square;
+  for (int e = 0; e < k; e++) xi[e * stride] = rgrad(q[e * stride], m[e * stride], qm);
+  return inner(xi, xi, k, stride);
 }
 
 // q <- the normalised point of the arc; a zero vector stays zero.
 template <class T>
 MK_FN void retract(T* q, const T* xi, Arc<T> arc, int k, int stride) {
-  T square = T(0);
   MK_UNROLL
-  for (int e = 0; e < k; e++) {
-    const T y = fma(arc.b, xi[e * stride], arc.a * q[e * stride]);
-    q[e * stride] = y;
-    square = fma(y, y, square);
-  }
+  for (int e = 0; e < k; e++) q[e * stride] = fma(arc.b, xi[e * stride], arc.a * q[e * stride]);
+  const T square = inner(q, q, k, stride);
   const T inverse = select(square > T(0), rsqrt(square), T(1));
   MK_UNROLL
   for (int e = 0; e < k; e++) q[e * stride] = q[e * stride] * inverse;

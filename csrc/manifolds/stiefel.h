@@ -19,7 +19,6 @@ MK_FN T project(const T* Q, const T* M, T* xi, Size size) {
     MK_UNROLL
     for (int j = i; j < p; j++) A[i * p + j] = A[j * p + i] = T(0.5) * (A[i * p + j] + A[j * p + i]);
   }
-  T square = T(0);
   MK_UNROLL
   for (int i = 0; i < n; i++) {
     MK_UNROLL
@@ -28,10 +27,9 @@ MK_FN T project(const T* Q, const T* M, T* xi, Size size) {
       MK_UNROLL
       for (int k = 0; k < p; k++) x = fma(-Q[i * p + k], A[k * p + j], x);
       xi[i * p + j] = x;
-      square = fma(x, x, square);
     }
   }
-  return square;
+  return square_norm(xi, n * p);
 }
 
 // Q <- qf(Q + step xi)

@@ -1,4 +1,9 @@
 // Small matrices of any size, with every retraction.
+#if defined(__GNUC__) && !defined(__clang__)
+// Nothing here can be unrolled: -O3 would only take half as long again to compile.
+#pragma GCC optimize("O2")
+#endif
+
 #include "cpu/lanes.h"
 
 namespace mk {
