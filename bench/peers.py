@@ -25,7 +25,8 @@ def fused(of: str, kernels: Tensor) -> Callable[[], object]:
     weight = kernels.clone().requires_grad_()
     weight.grad = torch.randn_like(weight)
     functional.project_weight_(of, weight, Layout("kernel"))
-    return FGSGD([weight], lr=LR, momentum=MOMENTUM, manifold=of, view="kernel").step
+    # Without a bound on the step size, which geoopt has not either.
+    return FGSGD([weight], lr=LR, momentum=MOMENTUM, manifold=of, view="kernel", step_size="none").step
 
 
 def geoopt_step(of: str, kernels: Tensor) -> Callable[[], object]:
@@ -39,22 +40,21 @@ def geoopt_step(of: str, kernels: Tensor) -> Callable[[], object]:
 
 
 def eager(of: str, kernels: Tensor) -> Callable[[], object]:
-    """[FG] Algorithm 1 written with the functional API, which is plain PyTorch."""
+    """The same step written with the functional API, which is plain PyTorch."""
     weight = functional.projx(of, kernels.flatten(0, 1))
     grad, momentum = torch.randn_like(weight), torch.zeros_like(weight)
 
     def step() -> None:
         momentum.mul_(MOMENTUM).add_(grad)
         xi = functional.proj(of, weight, momentum)
-        r = xi.norm()
-        weight.copy_(functional.retr(of, weight, xi * (-LR / (r * (2 + r)).clamp(min=1))))
+        weight.copy_(functional.retr(of, weight, -LR * xi))
 
     return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     kernels = torch.randn(options.channels, options.channels, 3, 3)

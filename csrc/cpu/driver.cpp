@@ -36,6 +36,11 @@ Engine engine_of(const Job& job) {
 
 int64_t vectors_per_component(const Job& job) { return job.manifold == ManifoldCode::oblique ? job.geometry->p : 1; }
 
+// Whether components have to wait for the norm of their group. Without a bound on the step size nothing depends on it.
+bool is_shared(const Job& job) {
+  return job.manifold != ManifoldCode::euclidean && job.rule == Rule::fg_sgd && !job.individual && job.bounded;
+}
+
 // Elements of a piece of work: its boundaries, and so the order of every sum, depend on nothing else.
 constexpr int64_t chunk_elements = 1 << 14;
 // Groups up to here are stepped by one thread in one piece, both passes, while they are in its cache.
@@ -129,7 +134,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       scratch_bytes = std::max(scratch_bytes, size_t(vector_scratch * length) * number);
       if (job.rule == Rule::fg_sgd) w.states.resize(size_t(job.count * vectors_per_component(job)));
     }
-    const bool shared = job.manifold != ManifoldCode::euclidean && job.rule == Rule::fg_sgd && !job.individual;
+    const bool shared = is_shared(job);
     if (shared && w.engine == Engine::lanes) w.skipped.resize(size_t(job.count));
     const bool in_one = shared && job.count * elements <= small_group_elements;
     for (int64_t begin = 0; begin < units; begin += chunk) {
@@ -157,7 +162,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
   in_parallel(tasks, scratch_bytes, [&](const Task& t, size_t i, char* scratch) {
     const Job& job = jobs[t.job];
     Work& w = work[t.job];
-    const bool shared = job.manifold != ManifoldCode::euclidean && job.rule == Rule::fg_sgd && !job.individual;
+    const bool shared = is_shared(job);
     if (w.engine == Engine::elements) {
       k.euclidean(job, t.begin, t.end);
     } else if (t.first_of_two) {

@@ -191,6 +191,23 @@ class Lanes {
     });
   }
 
+  // The matrix part of a tile keeps memory idle: it fetches what the next tile will read.
+  template <bool InLanes>
+  MK_FN void prefetch_next(const Tile<R>& t, int l, bool second) const {
+    constexpr int line = 64 / int(sizeof(R));
+    const auto fetch = [&](int64_t weight, int64_t grad) {
+      __builtin_prefetch(t.w + weight, 1);
+      if (!second || is_gradient) __builtin_prefetch(t.g + grad, 0);
+      if (momentum.buffered) __builtin_prefetch(t.m + weight, 1);
+    };
+    if constexpr (InLanes) {
+      for (int e = 0; e < E; e++) fetch(t.weight_element[e] + t.count + l, t.grad_element[e] + t.count + l);
+    } else {
+      const int64_t here = int64_t(l + t.count) * E;
+      for (int e = 0; e < E * N; e += line) fetch(here + e, here + e);
+    }
+  }
+
   template <bool InLanes>
   MK_FN void bring(const R* base, const int64_t* element, int l, T* x) const {
     if constexpr (InLanes) {
@@ -241,6 +258,7 @@ class Lanes {
         scale = scale_of(t, l);
         inverse = T(R(1)) / scale;
       }
+      if (!t.copied) prefetch_next<InLanes>(t, l, pass.kind == Pass::second);
       bring<InLanes>(t.d, t.direction_element, l, d);
       bring<InLanes>(t.w, t.weight_element, l, q);
       for (int e = 0; e < E; e++) q[e] = q[e] * inverse;

@@ -14,7 +14,8 @@ namespace {
 // else copied.
 template <class R>
 struct Tile {
-  static constexpr int elements = 2048;  // of each of w, g and m: together they stay in the first-level cache
+  static constexpr int elements =
+      512;  // of each of w, g and m: with the next tile, on its way, they stay in the first-level cache
 
   int64_t k;  // first component, counted in the job
   int count;  // components in it; whole registers are read, so that copies are padded with zeros
