@@ -30,7 +30,7 @@ class Elements {
     with_storage<R>(job.storage, [&](auto s) {
       using S = decltype(s);
       S* w = static_cast<S*>(job.weight) + weight + begin;
-      S* m = static_cast<S*>(job.momentum) + weight + begin;
+      S* m = job.momentum ? static_cast<S*>(job.momentum) + weight + begin : nullptr;
       const S* g = static_cast<const S*>(job.grad) + grad + begin;
       sweep<R>(end - begin, [&](int64_t i, auto tag) {
         using V = decltype(tag);

@@ -38,7 +38,7 @@ __attribute__((noinline)) double alone(const Job& job, int64_t k, bool second, c
       const R old = second || !momentum.first ? get<R>(job.storage, job.momentum, weight + job.weight_offset[e]) : R(0);
       stored = buffer[e] = second ? old : as_stored(job.storage, momentum.buffer(gradient, old));
     }
-    const auto finite = [](R x) { return abs(x) <= StorageTraits<R>::largest; };
+    const auto finite = [](R x) { return abs(x) <= Limits<R>::largest; };
     if (!finite(gradient) || !finite(stored) || !finite(old_weight)) return -1;
     d[e] = wide.direction(Wide(gradient), Wide(stored));
     q[e] = Wide(old_weight) / scale;
@@ -94,7 +94,7 @@ class Lanes {
       t.count = in_place;
       t.w = static_cast<R*>(job.weight) + run.weight;
       t.g = static_cast<const R*>(job.grad) + run.grad;
-      t.m = static_cast<R*>(job.momentum) + run.weight;
+      t.m = job.momentum ? static_cast<R*>(job.momentum) + run.weight : nullptr;
       t.d = is_buffer ? t.m : t.g;
       t.direction_element = is_buffer ? t.weight_element : t.grad_element;
       return t;
@@ -300,9 +300,8 @@ class Lanes {
         steady(is_buffer && !momentum.first && !momentum.maximize && native),
         scale0(R(job.scales[0])),
         inverse0(T(R(1)) / scale0),
-        largest_square(job.storage == Storage::float16
-                           ? R(StorageTraits<Float16>::largest) * R(StorageTraits<Float16>::largest)
-                           : Limits<R>::huge_square) {}
+        largest_square(job.storage == Storage::float16 ? R(largest_float16) * R(largest_float16)
+                                                       : Limits<R>::huge_square) {}
 
   void run(const Pass& pass) const {
     const bool first = pass.kind == Pass::first, second = pass.kind == Pass::second;

@@ -17,23 +17,19 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The next wider arithmetic type, for what would overflow in this one, and the largest number.
+// The next wider arithmetic type, for what would overflow in this one.
 template <class R>
 struct StorageTraits;
 template <>
 struct StorageTraits<float> {
   using Wide = double;
-  static constexpr float largest = 3.4028234e38f;
 };
 template <>
 struct StorageTraits<double> {
   using Wide = long double;
-  static constexpr double largest = 1.7976931348623157e308;
 };
-template <>
-struct StorageTraits<Float16> {
-  static constexpr float largest = 65504.0f;
-};
+
+constexpr float largest_float16 = 65504.0f;
 
 MK_FN uint32_t bits_of(float x) {
   uint32_t bits;

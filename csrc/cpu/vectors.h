@@ -27,15 +27,14 @@ class Vector {
   const Scalar scale;
   A *w, *fresh, *m;
   const A* g;
-  bool weight_staged, momentum_staged;
+  bool staged;  // w, g and m are copies
   struct {
     Scalar qq, qm, square;
   } sums;  // as in VectorState, where the squares of doubles would overflow
 
   // Elements beyond this in a 16-bit buffer would be stored as infinity.
   Scalar largest() const {
-    return job.storage == Storage::float16 ? Scalar(StorageTraits<Float16>::largest)
-                                           : Scalar(StorageTraits<R>::largest);
+    return job.storage == Storage::float16 ? Scalar(largest_float16) : Scalar(Limits<R>::largest);
   }
   // Squares up to here take the fast path.
   Scalar fast_square() const {
@@ -79,7 +78,7 @@ class Vector {
         scale(Scalar(job.scale(by_columns(job) ? vector / job.geometry->p : vector))) {
     const Geometry& geometry = *job.geometry;
     const bool direct = !wide && span.dense && (job.storage == Storage::float32 || job.storage == Storage::float64);
-    weight_staged = momentum_staged = !direct;
+    staged = !direct;
     A* spare = scratch;
     const auto place = [&](const void* base, const int64_t* stride, int64_t start, bool wanted) -> A* {
       A* here = spare;
@@ -97,8 +96,7 @@ class Vector {
     if (direct && job.momentum) m = static_cast<A*>(job.momentum) + span.weight;
   }
 
-  // --- FG-SGD on the sphere
-  // -------------------------------------------------------------------------------------------
+  // --- FG-SGD on the sphere ---
 
   // Whether weight, gradient and new buffer are finite; the buffer is computed and thrown away.
   bool finite() const {
@@ -175,7 +173,7 @@ class Vector {
   // `fresh` becomes the buffer.
   void store_momentum() {
     if (!momentum.buffered) return;
-    if (momentum_staged) {
+    if (staged) {
       scatter<A, R>(job, span, job.momentum, fresh);
     } else {
       each([&](int64_t i, auto tag) { to(m + i, at<decltype(tag)>(fresh + i)); });
@@ -224,11 +222,10 @@ class Vector {
   }
 
   void store_weight() {
-    if (weight_staged) scatter<A, R>(job, span, job.weight, w);
+    if (staged) scatter<A, R>(job, span, job.weight, w);
   }
 
-  // --- PSI
-  // ------------------------------------------------------------------------------------------------------------
+  // --- PSI ---
 
   // False where the vector must be left to the wide type, or as it is.
   bool psi() {
@@ -279,8 +276,7 @@ class Vector {
     return true;
   }
 
-  // --- SGD-G and Adam-G
-  // -----------------------------------------------------------------------------------------------
+  // --- SGD-G and Adam-G ---
 
   bool grassmann(int64_t component) {
     const Hyper& h = job.hyper;
@@ -336,15 +332,14 @@ class Vector {
     // The transported momentum is tangent but for rounding: what is radial in d is taken out.
     const Scalar radial = qd.value() * unit;
     const Scalar tangent = max(dd.value() - radial * radial, Scalar(0));
-    const grassmann::Geodesic<Scalar> along(abs(factor) * sqrt(tangent));
-    const Scalar turn = (factor < 0 ? -1 : 1) * sqrt(tangent) * sin(abs(factor) * sqrt(tangent));
+    const grassmann::Geodesic<Scalar> geodesic(sqrt(tangent), factor);
     Sum<A> after, across;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
       const V q = at<V>(w + i) * V(inverse);
       const V d = fma(q, V(A(-radial)), at<V>(fresh + i));
-      const V point = fma(q, V(A(along.cosine)), d * V(A(along.sinc * factor)));
-      const V carried = fma(d, V(A(along.cosine)), -(q * V(A(turn))));
+      const V point = fma(q, V(A(geodesic.cosine)), d * V(A(geodesic.along)));
+      const V carried = fma(d, V(A(geodesic.cosine)), -(q * V(A(geodesic.turn))));
       to(w + i, point);
       to(fresh + i, carried);
       after.add(point, point);

@@ -11,13 +11,17 @@ MK_FN R clip(R norm, R nu) {
   return norm > nu ? nu / norm : R(1);
 }
 
-// The geodesic from w along d, and what is parallel to d carried along it: with angle = ||d||,
-//   w <- w cos + d sinc,  d <- d cos - w angle sin.
+// The geodesic from w along d = factor c, with c (of the given norm) carried along it: with angle = ||d||,
+//   w <- w cos + c factor sinc,  c <- c cos - w turn,  turn = sign(factor) ||c|| sin.
 template <class R>
 struct Geodesic {
-  R cosine, sinc, angle_sine;
-  explicit Geodesic(R angle)
-      : cosine(cos(angle)), sinc(angle > R(0) ? sin(angle) / angle : R(1)), angle_sine(angle * sin(angle)) {}
+  R cosine, along, turn;
+  Geodesic(R norm, R factor) {
+    const R angle = abs(factor) * norm, sine = sin(angle);
+    cosine = cos(angle);
+    along = factor * (angle > R(0) ? sine / angle : R(1));
+    turn = (factor < R(0) ? -norm : norm) * sine;
+  }
 };
 
 }  // namespace mk::grassmann
