@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FASHION = Path("/usr/share/dataset-fashion-mnist")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
