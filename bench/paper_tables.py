@@ -113,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Line]:
     if chosen.grid is not None and not chosen.sweep:
         of.error("argument --grid: is for --sweep, which is not there. Add it, or leave --grid out.")
     methods = PSI + SWEPT + FG
-    methods = select(tuple(map(regularised, methods)) if chosen.regularizer else methods, chosen.methods)
+    methods = select(methods, chosen.methods)
+    if chosen.regularizer:
+        methods = [regularised(method) for method in methods]
     if chosen.rates is not None:
         methods = [with_rate(method, chosen.rates) for method in methods]
     images = options.images(chosen)

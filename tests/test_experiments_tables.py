@@ -87,6 +87,11 @@ def test_a_set_of_runs_goes_on_where_it_was(
     assert line.errors == first[0].errors  # the same seed, the same bits
 
 
+def test_methods_are_chosen_by_their_own_names_with_the_regulariser_too(tables: ModuleType, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--regularizer", "--methods", "SGD", "PSI-SGD", "--output", str(tmp_path)]
+    assert [line.method for line in tables.main(arguments)] == ["SGD, regularised", "PSI-SGD, regularised"]
+
+
 def test_an_interrupted_set_leaves_no_half_file(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
