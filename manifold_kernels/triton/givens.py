@@ -23,56 +23,80 @@ def rotation(a, b):
 
 
 @triton.jit
-def rotate(y, upper: tl.constexpr, lower: tl.constexpr, first: tl.constexpr, P: tl.constexpr, c, s):
-    """Rows ``upper`` and ``lower = upper + 1`` of y, P wide, turned by (c, s) from column ``first`` on."""
-    above = y[upper * P : upper * P + first]
-    below = y[lower * P : lower * P + first]
-    for k in tl.static_range(first, P):
-        a, b = y[upper * P + k], y[lower * P + k]
-        above = above + (tl.fma(c, a, s * b),)
-        below = below + (tl.fma(c, b, -(s * a)),)
-    return y[: upper * P] + above + below + y[(lower + 1) * P :]
+def rotate(above, below, c, s):
+    """Two rows turned by (c, s)."""
+    upper = ()
+    lower = ()
+    for k in tl.static_range(len(above)):
+        upper = upper + (tl.fma(c, above[k], s * below[k]),)
+        lower = lower + (tl.fma(c, below[k], -(s * above[k])),)
+    return upper, lower
+
+
+@triton.jit
+def rows(a, N: tl.constexpr, P: tl.constexpr):
+    """A tuple of rows, which are cheaper to replace one by one."""
+    out = ()
+    for i in tl.static_range(N):
+        out = out + (a[i * P : (i + 1) * P],)
+    return out
+
+
+@triton.jit
+def flat(a):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + a[i]
+    return out
 
 
 @triton.jit
 def qf(y, N: tl.constexpr, P: tl.constexpr):
     """Q (``N x P``) of the thin QR decomposition of y, ``N >= P``, diagonal of R >= 0."""
+    q = identity(y[0], N)
+    y = rows(y, N, P)
     cs = ()
     for j in tl.static_range(P):
         for i in tl.static_range(N - 1, j, -1):
-            c, s = rotation(y[(i - 1) * P + j], y[i * P + j])
+            c, s = rotation(y[i - 1][j], y[i][j])
             cs = cs + ((c, s),)
-            y = rotate(y, i - 1, i, j, P, c, s)
-    one = identity(y[0], N)
-    q = ()
-    for i in tl.static_range(N):
-        q = q + one[i * N : i * N + P]
+            # What lies left of column j is zero by now, and not looked at again.
+            upper, lower = rotate(y[i - 1][j:], y[i][j:], c, s)
+            y = y[: i - 1] + (y[i - 1][:j] + upper, y[i][:j] + lower) + y[i + 1 :]
+    q = rows(q, N, N)
     if N == P:
         # The last diagonal element of a square R is the only one that no rotation has made >= 0.
-        q = q[: N * P - 1] + (tl.where(y[N * P - 1] < 0, -one[0], one[0]),)
+        q = q[: N - 1] + (q[N - 1][: N - 1] + (tl.where(y[N - 1][N - 1] < 0, -1.0, q[0][0]),),)
     for j in tl.static_range(P - 1, -1, -1):
         for i in tl.static_range(j + 1, N):
             # Rotations of columns 0 to j - 1 come first, N - 1 - k of column k; in column j they run upwards.
             c, s = cs[j * (N - 1) - j * (j - 1) // 2 + N - 1 - i]
-            q = rotate(q, i - 1, i, j, P, c, -s)
-    return q
+            upper, lower = rotate(q[i - 1][j:P], q[i][j:P], c, -s)
+            q = q[: i - 1] + (q[i - 1][:j] + upper + q[i - 1][P:], q[i][:j] + lower + q[i][P:]) + q[i + 1 :]
+    out = ()
+    for i in tl.static_range(N):
+        out = out + q[i][:P]
+    return out
 
 
 @triton.jit
 def solve(a, b, N: tl.constexpr, P: tl.constexpr):
     """X (``N x P``) with ``A X = B`` for a well-conditioned A (``N x N``)."""
+    a, b = rows(a, N, N), rows(b, N, P)
     for j in tl.static_range(N):
         for i in tl.static_range(N - 1, j, -1):
-            c, s = rotation(a[(i - 1) * N + j], a[i * N + j])
-            a = rotate(a, i - 1, i, j, N, c, s)
-            b = rotate(b, i - 1, i, 0, P, c, s)
+            c, s = rotation(a[i - 1][j], a[i][j])
+            upper, lower = rotate(a[i - 1][j:], a[i][j:], c, s)
+            a = a[: i - 1] + (a[i - 1][:j] + upper, a[i][:j] + lower) + a[i + 1 :]
+            upper, lower = rotate(b[i - 1], b[i], c, s)
+            b = b[: i - 1] + (upper, lower) + b[i + 1 :]
     x = ()
     for i in tl.static_range(N - 1, -1, -1):
         row = ()
         for k in tl.static_range(P):
-            rest = b[i * P + k]
+            rest = b[i][k]
             for known in tl.static_range(i + 1, N):
-                rest = tl.fma(-a[i * N + known], x[(known - i - 1) * P + k], rest)
-            row = row + (divide(rest, a[i * N + i]),)
-        x = row + x
-    return x
+                rest = tl.fma(-a[i][known], x[known - i - 1][k], rest)
+            row = row + (divide(rest, a[i][i]),)
+        x = (row,) + x
+    return flat(x)

@@ -35,6 +35,37 @@ from manifold_kernels.triton.tables import (
 
 
 @triton.jit
+def write(
+    pointers,
+    new,
+    old,
+    own_axes,
+    lanes,
+    ok,
+    inside,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    SAME: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DIMS_1: tl.constexpr,
+    DIMS_2: tl.constexpr,
+    WHICH: tl.constexpr,
+):
+    """Elements to their places where ``ok``. In 16-byte stores what stays is written back: a mask of its own for every
+    lane would make them single ones."""
+    for i in tl.static_range(N):
+        row = offsets(own_axes, 1, tl.full((), i, tl.int32), DIMS_1, SAME, RUN, ALIGN)
+        for j in tl.static_range(P):
+            column = offsets(own_axes, 2, tl.full((), j, tl.int32), DIMS_2, SAME, RUN, ALIGN)
+            at = pointers + (lanes + (row[WHICH] + column[WHICH]))
+            if RUN >= 0:
+                tl.store(at, tl.where(ok, new[i * P + j], old[i * P + j]), mask=inside)
+            else:
+                tl.store(at, new[i * P + j], mask=ok)
+
+
+@triton.jit
 def step(
     tiles,
     parameters,
@@ -102,13 +133,18 @@ def step(
     w = ()
     g = ()
     m = ()
+    kept = ()
+    olds = ()
     ok = inside
     top = tl.zeros((LANES,), COMPUTE)
     for i in tl.static_range(N):
         rw, rg, rm = offsets(own_axes, 1, tl.full((), i, tl.int32), DIMS_1, SAME, RUN, ALIGN)
         for j in tl.static_range(P):
             cw, cg, cm = offsets(own_axes, 2, tl.full((), j, tl.int32), DIMS_2, SAME, RUN, ALIGN)
-            we = tl.load(weights + (aw + (rw + cw)), mask=inside, other=0.0).to(COMPUTE)
+            stored = tl.load(weights + (aw + (rw + cw)), mask=inside, other=0.0)
+            if RUN >= 0:
+                kept = kept + (stored,)
+            we = stored.to(COMPUTE)
             ge = tl.load(grads + (ag + (rg + cg)), mask=inside, other=0.0).to(COMPUTE)
             if MAXIMIZE:
                 ge = -ge
@@ -119,8 +155,10 @@ def step(
             w = w + (we,)
             g = g + (ge,)
             if BUFFERED:
-                old = tl.load(buffers + (am + (rm + cm)), mask=inside & (~first_step), other=0.0).to(COMPUTE)
-                me = sgd.buffer(ge, old, first_step, theta, keep, STORE)
+                old = tl.load(buffers + (am + (rm + cm)), mask=inside, other=0.0)
+                if RUN >= 0:
+                    olds = olds + (old,)
+                me = sgd.buffer(ge, old.to(COMPUTE), first_step, theta, keep, STORE)
                 ok = ok & finite(me.to(COMPUTE))
                 top = tl.maximum(top, tl.abs(me.to(COMPUTE)))
                 m = m + (me,)
@@ -154,20 +192,13 @@ def step(
         along = step_size.rate(r_square, h, BOUNDED) * wide_c / s
         if LONGEST > 0:
             along = tl.minimum(along, LONGEST / tl.maximum(root(square).to(tl.float64), 1e-20))
+        if BUFFERED:
+            write(buffers, m, olds, own_axes, am, ok, inside, N, P, SAME, RUN, ALIGN, DIMS_1, DIMS_2, 2)
         y = retract(q, xi, -along.to(COMPUTE), square, N, P)
         moved = ()
         for e in tl.static_range(N * P):
-            new = (y[e] * s.to(COMPUTE)).to(STORE)
-            if not THROUGH:
-                ok = ok & finite(new.to(COMPUTE))
-            moved = moved + (new,)
-        for i in tl.static_range(N):
-            rw, rg, rm = offsets(own_axes, 1, tl.full((), i, tl.int32), DIMS_1, SAME, RUN, ALIGN)
-            for j in tl.static_range(P):
-                cw, cg, cm = offsets(own_axes, 2, tl.full((), j, tl.int32), DIMS_2, SAME, RUN, ALIGN)
-                tl.store(weights + (aw + (rw + cw)), moved[i * P + j], mask=ok)
-                if BUFFERED:
-                    tl.store(buffers + (am + (rm + cm)), m[i * P + j], mask=ok)
+            moved = moved + ((y[e] * s.to(COMPUTE)).to(STORE),)
+        write(weights, moved, kept, own_axes, aw, ok, inside, N, P, SAME, RUN, ALIGN, DIMS_1, DIMS_2, 0)
         if not THROUGH:
             left = tl.sum((inside & (~ok)).to(tl.int32), 0)
             tl.atomic_add(nonfinite + parameter, left.to(tl.int64), mask=left > 0)

@@ -324,6 +324,8 @@ def _lanes(of: Member, axes: Axes, n: int, p: int, retraction: str, longest: flo
     wide = of.weight.dtype == torch.float64
     # 16 bytes a lane at a time where matrices are small enough for several in a thread's registers.
     vectorised = shared["RUN"] == 0 and n * p <= 9 and not wide
+    if not vectorised:
+        shared |= {"RUN": -1, "ALIGN": 1}
     constants = {
         "project": project,
         "retract": retract,
