@@ -4,7 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cpu/driver.h"
@@ -99,7 +102,8 @@ struct Parameter {
 
 void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList momenta,
            at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite, const at::Tensor& groups,
-           const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper) {
+           const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper,
+           const std::optional<at::Tensor>& norms) {
   const int64_t count = int64_t(params.size());
   TORCH_CHECK_VALUE(
       int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
@@ -111,6 +115,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   check_table(hyper, "hyper", at::kDouble, hyper_columns);
   check_table(steps, "steps", at::kLong, 0);
   check_table(nonfinite, "nonfinite", at::kLong, 0);
+  if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
   TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
                     " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
 
@@ -130,9 +135,12 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   std::vector<Job> jobs, library_jobs;
   std::vector<int64_t> job_parameter, library_parameter;
   const GroupRow* rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<int64_t>());
+  int64_t norm = 0, next_norm = 0;  // where the row's entries in `norms` start and end
   for (int64_t r = 0; r < groups.size(0); r++) {
     const GroupRow& row = rows[r];
     check_row(row, r, count, hyper.size(0), components.numel(), scales.numel());
+    norm = next_norm;
+    next_norm += row.individual ? row.count : 1;
     const int64_t i = row.parameter;
     if (!grad[i].defined() || row.count == 0) continue;
     const at::Tensor& weight = params[i];
@@ -175,7 +183,8 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
       job.momentum = momenta[i].data_ptr();
     }
     job.individual = row.individual != 0;
-    job.bounded = row.step_size != 0;
+    job.bounded = job.rule == Rule::fg_sgd && row.step_size != 0;
+    if (norms.has_value() && job.rule == Rule::fg_sgd) job.norms = norms->data_ptr<double>() + norm;
     job.step = steps.const_data_ptr<int64_t>()[i];
     job.first_step = job.step == 0;
     if (adaptive) {
@@ -188,6 +197,13 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     }
     (has_kernel(job) ? jobs : library_jobs).push_back(job);
     (has_kernel(job) ? job_parameter : library_parameter).push_back(i);
+  }
+
+  if (norms.has_value()) {
+    TORCH_CHECK_VALUE(norms->dim() == 1 && norms->numel() == next_norm, "norms: wanted shape (", next_norm,
+                      "), a number for every group and one for each component of an individual one, got ",
+                      norms->sizes(), ".");
+    std::fill_n(norms->data_ptr<double>(), next_norm, std::nan(""));
   }
 
   int64_t* skipped = nonfinite.data_ptr<int64_t>();

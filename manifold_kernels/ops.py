@@ -10,9 +10,17 @@
 * ``steps``: int64 ``(parameters,)``, incremented where there is a gradient. At 0 the momentum buffers are not read: the
   step is the first (``M = G``, as in torch).
 * ``nonfinite``: int64 ``(parameters,)``, incremented by the number of components that were left as they were since
-  their new momentum was not finite. Euclidean groups write such values through, as torch does.
+  their new momentum was not finite. Euclidean groups without a bound on the step size write such values through, as
+  torch does.
 * ``groups``, ``components``, ``scales``: the :class:`~manifold_kernels.plan.Plan`. ``hyper``: float64
   ``(parameter groups, len(HYPER_COLUMNS))``.
+* ``norms``, optional: float64 ``(entries,)``, written: R of [FG] Theorem 1 for every FG-SGD group, the norm of the
+  projected momentum that it steps along (of what torch's SGD steps along, in Euclidean groups), whether or not the step
+  size depends on it. In the order of the plan, one entry for each group, and where the group is ``individual`` one for
+  each of its components. A group's R leaves out the components that did not step. NaN where there is no R: for other
+  rules, parameters without a gradient, groups without a component, individual components that did not step, and
+  Euclidean groups that wrote NaN or Inf through. Beyond 1e154, where its square leaves float64, R may be infinite. The
+  step is the same to the bit with and without ``norms``.
 
 Everything but the weights, gradients and states lies on the CPU.
 """
@@ -22,32 +30,38 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 SCHEMA = (
     "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
-    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper) -> ()"
+    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None) -> ()"
 )
 
-Step = Callable[
-    [
-        Sequence[Tensor],
-        Sequence[Tensor | None],
-        Sequence[Tensor],
-        Sequence[Tensor],
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor,
-    ],
-    None,
-]
+
+class Step(Protocol):
+    """A backend's ``step_``."""
+
+    def __call__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        momenta: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        steps: Tensor,
+        nonfinite: Tensor,
+        groups: Tensor,
+        components: Tensor,
+        scales: Tensor,
+        hyper: Tensor,
+        norms: Tensor | None = None,
+        /,
+    ) -> None: ...
+
 
 _library = torch.library.Library("manifold_kernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(SCHEMA)  # type: ignore[no-untyped-call]

@@ -192,6 +192,43 @@ class Plan:
         size = at["count"] if at["scale_stride"] else 1
         return self.scales[at["scale"] : at["scale"] + size]
 
+    def rescaled(self, parameter: int, scales: Tensor | float) -> tuple[Plan, Layout, Tensor]:
+        """The plan with new scales for the components of ``parameter``, whatever is their manifold's.
+
+        Returns:
+            the plan, the layout of the parameter, and the ratio of new to old scales of all components (1 where a
+            component has none), float64 ``(components,)``.
+        """
+        rows = (self.column("parameter") == parameter).nonzero().flatten().tolist()
+        total = int(self.column("count")[rows].sum())
+        wanted = torch.as_tensor(scales, dtype=torch.float64, device="cpu")
+        if wanted.dim() and wanted.shape != (total,):
+            raise ValueError(f"scales: wanted one number or {total}, one a component, got {tuple(wanted.shape)}.")
+        wanted = wanted.expand(total)
+        scaled = {manifold.code for manifold in MANIFOLDS if hasattr(manifold, "scale")}
+        moving = [row for row in rows if int(self.groups[row, GROUP_COLUMNS.index("manifold")]) in scaled]
+        if not moving:
+            raise ValueError("scales: wanted a parameter on spheres, oblique or Stiefel manifolds, got one without.")
+        # Rows of one scale get one a component at the end of the tensor; those that have them are overwritten.
+        groups, kept, end = self.groups.clone(), self.scales.clone(), self.scales.numel()
+        added: list[Tensor] = []
+        ratios = torch.ones(total, dtype=torch.float64)
+        for row in moving:
+            members = self.members(row)
+            new = wanted[members]
+            if not bool(((new > 0) & new.isfinite()).all()):
+                raise ValueError("scales: wanted finite numbers > 0.")
+            ratios[members] = new / self.scale(row)
+            at = dict(zip(GROUP_COLUMNS, groups[row].tolist(), strict=True))
+            if at["scale_stride"]:
+                kept[at["scale"] : at["scale"] + new.numel()] = new
+                continue
+            groups[row, GROUP_COLUMNS.index("scale")] = end
+            groups[row, GROUP_COLUMNS.index("scale_stride")] = 1
+            added.append(new)
+            end += new.numel()
+        return Plan(groups, self.components, torch.cat([kept, *added])), self.layout(rows[0]), ratios
+
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` unless every number of the plan is in range for ``parameters``.
 

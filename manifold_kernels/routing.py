@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_kernels import fit, functional, norm_detection
+from manifold_kernels import collection, fit, functional, norm_detection
+from manifold_kernels.collection import Assignment, Collection, retraction_codes
 from manifold_kernels.layers import CONVOLUTIONS, LAYERS, layout
-from manifold_kernels.manifolds import BY_NAME, Euclidean, Grassmann, Manifold, ScaleInvariant, _Scaled, retraction_code
+from manifold_kernels.manifolds import BY_NAME, Euclidean, Grassmann, Manifold, ScaleInvariant, _Scaled
 from manifold_kernels.norm_detection import Normalization
 from manifold_kernels.optim.settings import KNOWN
 from manifold_kernels.views import Layout, shape_of
 
-#: What a parameter is to lie on: a manifold, its name, ``None`` (Euclidean), or options with or without ``"manifold"``.
-Target = Manifold | str | None | Mapping[str, Any]
+#: What a parameter is to lie on: a manifold or a collection, its name, ``None`` (Euclidean), or options with or without
+#: ``"manifold"``.
+Target = Manifold | Collection | str | None | Mapping[str, Any]
 
 #: Options that say how a weight lies on its manifold; nothing on a Euclidean parameter.
 _CONSTRAINT_OPTIONS = {"view", "grouping", "retraction", "rows", "step_size", "rho", "curvature", "guard", "clip"}
@@ -40,8 +42,9 @@ def param_groups(
     ``manifold`` is for the weights of Conv1d/2d/3d and ConvTranspose1d/2d/3d layers, ``linear`` for those of Linear
     layers; biases, norm parameters and all others are Euclidean. A *target* is a :class:`Manifold`, taken as it is; a
     name such as ``"stiefel"``, with the scale ``"fan"`` (a filter keeps the norm sqrt(2) of He initialisation: the
-    scale to train with); ``None``, Euclidean; or a mapping of options for the param group, whose ``"manifold"`` is one
-    of these and, left out, what the parameter would have had without the rule.
+    scale to train with); a :class:`~manifold_kernels.collection.Collection` (see :func:`partition`); ``None``,
+    Euclidean; or a mapping of options for the param group, whose ``"manifold"`` is one of these and, left out, what the
+    parameter would have had without the rule.
 
     ``rules`` maps patterns to targets, shell-style (``*``, which crosses dots, ``?``, ``[...]``). A pattern covers a
     parameter if it matches its name, the name of its layer or of a module around it; the last rule that applies to a
@@ -97,18 +100,82 @@ def param_groups(
         for name, (weight, route) in routes.items()
         if route.manifold is not None
     ]
+    assignments = {
+        name: _draw_assignment(onto, name, weight, of)
+        for name, weight, onto, of in constrained
+        if isinstance(onto, Collection)
+    }
     if init == "project":
         for name, weight, onto, _ in constrained:
             _check_projectable(name, weight, onto)
     # Only now that nothing can be refused any more is the model written.
-    for _, weight, onto, of in constrained:
+    for name, weight, onto, of in constrained:
         if init == "random":
             _draw(weight, of, generator)
-        functional.project_weight_(onto, weight, of)
-    return _grouped(routes)
+        if isinstance(onto, Collection):
+            collection.project_(onto, weight, of, assignments[name])
+        else:
+            functional.project_weight_(onto, weight, of)
+    return _grouped(routes, assignments)
 
 
-def _grouped(routes: Mapping[str, tuple[Tensor, _Route]]) -> list[dict[str, Any]]:
+def partition(
+    model: nn.Module,
+    scheme: str,
+    manifolds: Sequence[Manifold | str | None],
+    *,
+    seed: int = 0,
+    subsets: int | None = None,
+    shared: bool = False,
+    **routing: Any,
+) -> list[dict[str, Any]]:
+    """Deal the kernels of every convolution of ``model`` to products of manifolds: the param groups for ``FGSGD``.
+
+    [FG] section II: PO, PI and PIO, with weight-set splitting over any list of manifolds, and its other two methods,
+    one product (``single``) and individual manifolds. A group of kernels lies on one manifold and takes one step size;
+    the schemes, ``subsets`` and ``shared`` are those of :class:`~manifold_kernels.collection.Collection`. Kernels of a
+    layer stay in one tensor, wherever they lie. 1x1 convolutions have filters in place of kernels, which ``pi`` deals
+    (``po`` and ``pio``, which split inputs, become ``pi`` there, with a note); a weight with fewer components than
+    there are manifolds stays Euclidean, with a note. Both are errors where ``model`` is a single layer or a rule names
+    it.
+
+    Args:
+        model: a model or a layer; its constrained weights are moved onto their manifolds.
+        scheme: ``"po"``, ``"pi"``, ``"pio"``, ``"single"`` or ``"individual"``.
+        manifolds: manifolds, their names (with the scale ``"fan"``) or ``None``, Euclidean, whose kernels take the
+            step of the others with ``W + V`` for a retraction.
+        seed: of the draw; the same seed and names of weights give the same assignment everywhere.
+        subsets: the subsets of a channel, by default as many as manifolds.
+        shared: split every channel alike.
+        **routing: everything else that :func:`param_groups` takes: ``linear``, ``rules``, ``euclidean``, ``view``, ...
+            ``linear="same"`` deals the filters of linear layers, too.
+
+    Returns:
+        param groups as of :func:`param_groups`; those on a collection have ``assignments``, an
+        :class:`~manifold_kernels.collection.Assignment` for each parameter. They are saved in the optimizer's state.
+
+    Raises:
+        ValueError: as :func:`param_groups`; more manifolds than kernels or a scheme that cannot split the layer.
+
+    >>> layer = nn.Conv2d(4, 6, 3, bias=False)
+    >>> (group,) = partition(layer, "pio", ["sphere", "stiefel"])
+    >>> group["assignments"][0]  # [FG] Example 1
+    Assignment(6x4 in 10 groups)
+    """
+    of = Collection(scheme, tuple(_at_fan_scale("manifolds", spec) for spec in manifolds), seed, subsets, shared)
+    if routing.get("linear") == "same":
+        routing["linear"] = of
+    return param_groups(model, of, **routing)
+
+
+def _draw_assignment(of: Collection, name: str, weight: Tensor, layout: Layout) -> Assignment:
+    shape = shape_of(weight, layout)
+    return of.draw(name, *((shape.outputs, shape.inputs) if layout.view == "kernel" else (shape.count, 1)))
+
+
+def _grouped(
+    routes: Mapping[str, tuple[Tensor, _Route]], assignments: Mapping[str, Assignment]
+) -> list[dict[str, Any]]:
     """One param group for every combination of settings, Euclidean ones last."""
     groups: list[dict[str, Any]] = []
     settings: list[dict[str, Any]] = []
@@ -120,6 +187,8 @@ def _grouped(routes: Mapping[str, tuple[Tensor, _Route]]) -> list[dict[str, Any]
         group = groups[settings.index(wanted)]
         group["params"].append(parameter)
         group["names"].append(name)
+        if name in assignments:
+            group["assignments"] = (*group.get("assignments", ()), assignments[name])
         if route.note:
             group["notes"][name] = route.note
     return groups
@@ -154,7 +223,7 @@ class _Rule:
     """A target in parts. ``pattern`` is ``None`` for the defaults by layer type."""
 
     pattern: str | None
-    manifold: Manifold | None
+    manifold: Manifold | Collection | None
     inherits: bool
     options: dict[str, Any]
 
@@ -182,7 +251,7 @@ class _Rule:
 class _Route:
     """Where a parameter goes. The note takes no part in comparisons."""
 
-    manifold: Manifold | None
+    manifold: Manifold | Collection | None
     layout: Layout
     options: dict[str, Any]
     note: str = field(default="", compare=False)
@@ -205,18 +274,27 @@ def _parse(where: str, target: Target, pattern: str | None = None) -> _Rule:
     options = dict(target) if isinstance(target, Mapping) else {"manifold": target}
     inherits = "manifold" not in options
     spec = options.pop("manifold", None)
+    if not isinstance(spec, Collection):
+        spec = _at_fan_scale(where, spec)
+    _check_options(where, options, constrained=inherits or spec != Euclidean(), rows=pattern is not None)
+    return _Rule(pattern, None if isinstance(spec, Euclidean) else spec, inherits, options)
+
+
+def _at_fan_scale(where: str, spec: Any) -> Manifold:
+    """The manifold that ``spec`` means; one by name has the scale ``"fan"``."""
+    if spec is None:
+        return Euclidean()
     if isinstance(spec, str) and spec in BY_NAME:
         kind = BY_NAME[spec]
-        spec = kind(scale="fan") if issubclass(kind, _Scaled) else kind()
-    if spec is not None and not isinstance(spec, Manifold):
+        return kind(scale="fan") if issubclass(kind, _Scaled) else kind()
+    if not isinstance(spec, Manifold):
         raise ValueError(f"{where}: wanted a Manifold, None or one of {sorted(BY_NAME)}, got {spec!r}.")
-    _check_options(where, options, constrained=inherits or spec not in (None, Euclidean()), rows=pattern is not None)
-    return _Rule(pattern, None if isinstance(spec, Euclidean) else spec, inherits, options)
+    return spec
 
 
 def _check_options(where: str, options: Mapping[str, Any], constrained: bool, rows: bool = False) -> None:
     """Refuse what an optimizer would not know or could not use; ``rows`` is one weight's and only for rules."""
-    known = KNOWN - {"manifold", "transposed", "channel_groups"} - (set() if rows else {"rows"})
+    known = KNOWN - {"manifold", "assignments", "transposed", "channel_groups"} - (set() if rows else {"rows"})
     known -= set() if constrained else _CONSTRAINT_OPTIONS
     refused = sorted(options.keys() - known)
     if refused:
@@ -300,17 +378,28 @@ class _Router:
         if manifold is None:
             return unconstrained
         options = {**self.options, **options}
-        fitted = self._fit(use, manifold, options.pop("view", None), options.pop("rows", None))
+        view, rows = options.pop("view", None), options.pop("rows", None)
+        # A single layer is meant itself, where a model may have layers that cannot be dealt.
+        insists = rule.insists(use) or (use.owner is self.model and isinstance(manifold, Collection))
+        fitted = self._fit(use, manifold, view, rows)
+        if isinstance(fitted, str) and not insists and isinstance(manifold, Collection):
+            dealt = replace(manifold, scheme="pi") if manifold.scheme in ("po", "pio") else manifold
+            again = self._fit(use, dealt, view, rows)
+            if not isinstance(again, str):
+                manifold, fitted = dealt, (again[0], fitted)
         if isinstance(fitted, str):
-            if rule.insists(use):
-                raise ValueError(f"{rule.where}: {use.name} cannot lie on {manifold}: {fitted}.")
+            if insists:
+                where = rule.where if rule.pattern is not None else "model"
+                raise ValueError(f"{where}: {use.name} cannot lie on {manifold}: {fitted}.")
             return replace(unconstrained, options=self.euclidean, note=f"{fitted}; stays Euclidean")
         if "retraction" in options:
-            retraction_code(manifold, options["retraction"])
+            retraction_codes(manifold, options["retraction"])
         of, note = fitted
         return _Route(manifold, of, options, note)
 
-    def _fit(self, use: _Use, manifold: Manifold, view: str | None, rows: int | None) -> tuple[Layout, str] | str:
+    def _fit(
+        self, use: _Use, manifold: Manifold | Collection, view: str | None, rows: int | None
+    ) -> tuple[Layout, str] | str:
         """The layout in which the weight can lie on ``manifold`` with a remark, or why there is none."""
         weight = use.owner.weight if use.parameter is None else use.parameter
         assert isinstance(weight, Tensor)
@@ -323,9 +412,10 @@ class _Router:
         if view is not None and view not in ("kernel", "filter", "matrix"):
             raise ValueError(f"view: wanted 'kernel', 'filter' or 'matrix', got {view!r}.")
         reasons: list[str] = []
-        for candidate in dict.fromkeys(
-            (view or fit.default_view(manifold, weight), fit.default_view(manifold, weight), "filter")
-        ):
+        default = (
+            manifold.default_view(weight) if isinstance(manifold, Collection) else fit.default_view(manifold, weight)
+        )
+        for candidate in dict.fromkeys((view or default, default, "filter")):
             of = layout(use.owner, candidate)
             reason = _unfit(manifold, weight, of)
             if reason is None:
@@ -400,14 +490,15 @@ def _uses(model: nn.Module) -> list[_Use]:
     return uses
 
 
-def _unfit(manifold: Manifold, weight: Tensor, of: Layout) -> str | None:
+def _unfit(manifold: Manifold | Collection, weight: Tensor, of: Layout) -> str | None:
     try:
-        return fit.frozen(manifold, shape_of(weight, of))
+        shape = shape_of(weight, of)
+        return manifold.unfit(of, shape) if isinstance(manifold, Collection) else fit.frozen(manifold, shape)
     except ValueError as error:
         return str(error).split(". ")[0]  # the advice after it is for those who asked for this view
 
 
-def _check_projectable(name: str, weight: Tensor, onto: Manifold) -> None:
+def _check_projectable(name: str, weight: Tensor, onto: Manifold | Collection) -> None:
     # All points are equally near to zero: the components would become equal and stay so.
     if not bool(weight.isfinite().all()) or not bool(weight.any()):
         raise ValueError(

@@ -151,7 +151,9 @@ def clone(run: Run) -> Run:
     )
 
 
-def call(step: Step, run: Run, grads: list[Tensor | None], plan: Plan, table: Tensor) -> None:
+def call(
+    step: Step, run: Run, grads: list[Tensor | None], plan: Plan, table: Tensor, norms: Tensor | None = None
+) -> None:
     """One step of ``run``, in place."""
     step(
         run.params,
@@ -164,11 +166,26 @@ def call(step: Step, run: Run, grads: list[Tensor | None], plan: Plan, table: Te
         plan.components,
         plan.scales,
         table,
+        norms,
     )
 
 
+def norm_counts(plan: Plan) -> list[int]:
+    """Entries of R for every row: one, and one for each component where ``individual``."""
+    return torch.where(plan.column("individual") == 1, plan.column("count"), 1).tolist()
+
+
+def assert_same_bits(run: Run, other: Run) -> None:
+    """Everything that a step writes is the same to the bit, NaN included."""
+    for name, value in vars(run).items():
+        pairs = (
+            zip(value, getattr(other, name), strict=True) if isinstance(value, list) else [(value, vars(other)[name])]
+        )
+        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs), name
+
+
 def check(case: Case, steps: int = 3) -> float:
-    """Step both backends and compare; returns the largest error in units of its bound."""
+    """Step both backends and compare weights, states and R; returns the largest error in units of its bound."""
     run = start([case.weight], case.groups, [case.hyper], fill=math.nan)
     run.params[0] = case.weight
     plan, table = Plan.build(case.groups, run.params), hyper_table([case.hyper])
@@ -176,17 +193,31 @@ def check(case: Case, steps: int = 3) -> float:
     worst = 0.0
     for _ in range(steps):
         grad = case.gradient(generator)
-        before, expected = clone(run), clone(run)
-        call(reference.step_, expected, [grad], plan, table)
+        before, expected, measured = clone(run), clone(run), clone(run)
+        norms, norms_expected = (torch.zeros(sum(norm_counts(plan)), dtype=torch.float64) for _ in range(2))
+        call(reference.step_, expected, [grad], plan, table, norms_expected)
         call(compiled, run, [grad], plan, table)
+        call(compiled, measured, [grad], plan, table, norms)
+        assert_same_bits(run, measured)
         assert torch.equal(run.steps, expected.steps) and torch.equal(run.nonfinite, expected.nonfinite)
-        for row in range(len(case.groups)):
-            worst = max(worst, compare(case, row, plan, before, grad, run, expected))
+        each_norm = zip(norms.split(norm_counts(plan)), norms_expected.split(norm_counts(plan)), strict=True)
+        for row, (r, r_expected) in enumerate(each_norm):
+            worst = max(worst, compare(case, row, plan, before, grad, run, expected, r, r_expected))
     assert worst <= 1, f"error {worst:.3g} of its bound"
     return worst
 
 
-def compare(case: Case, row: int, plan: Plan, before: Run, grad: Tensor, run: Run, expected: Run) -> float:
+def compare(
+    case: Case,
+    row: int,
+    plan: Plan,
+    before: Run,
+    grad: Tensor,
+    run: Run,
+    expected: Run,
+    r: Tensor,
+    r_expected: Tensor,
+) -> float:
     """The error of one group's step in units of its bound; what must agree to the bit is asserted."""
     layout, members = plan.layout(row), plan.members(row)
     at = dict(zip(GROUP_COLUMNS, plan.groups[row].tolist(), strict=True))
@@ -198,21 +229,34 @@ def compare(case: Case, row: int, plan: Plan, before: Run, grad: Tensor, run: Ru
     w, got, want, g = (read(t) for t in (before.params[0], run.params[0], expected.params[0], grad))
     buffered = run.momenta[0].numel() > 0
     euclidean = at["manifold"] == Euclidean.code
-    if euclidean:
+    bounded = at["rule"] == RULES["fg_sgd"] and at["step_size"] == STEP_SIZES["general"]
+    if euclidean and not bounded:
         assert torch.equal(got, want)
     m = read(run.momenta[0]) if buffered else None
     m_want = read(expected.momenta[0]) if buffered else None
     if buffered and (euclidean or at["rule"] == RULES["fg_sgd"]):
         # Torch's formula, elementwise, on both sides.
         assert torch.equal(m, m_want)
-    if euclidean:
-        return 0.0
+    if at["rule"] != RULES["fg_sgd"]:
+        assert bool(r.isnan().all()) and bool(r_expected.isnan().all())
+        if euclidean:
+            return 0.0
     s = plan.scale(row).reshape(-1, 1, 1).expand(members.numel(), 1, 1)
     if at["rule"] == RULES["fg_sgd"]:
         d = -g.double() if h["maximize"] else g.double()
+        if euclidean:
+            d = d + h["weight_decay"] * w.double()
         if buffered:
             d = d + h["momentum"] * m_want.double() if h["nesterov"] else m_want.double()
-        return fg_error(at, h, w, got, want, d, s)
+        worst = norm_error(at, w, d, r, r_expected)
+        if not euclidean:
+            return max(worst, fg_error(at, h, w, got, want, d, s))
+        # The step size is rounded, and its product with d added to w and rounded: eps/2 each. R is a sum in float64,
+        # whose roundings add up like a random walk and count for float64 only; tau goes with its square.
+        roundings = 1 + (math.sqrt(d.numel()) / 4 if w.dtype == torch.float64 else 0)
+        moved = got.double() - w.double()
+        bound = stored(want) + arithmetic(w.dtype) * (want.double().abs() + roundings * moved.abs())
+        return max(worst, ratio(got, want, bound)) if bounded else worst
     m_old = read(before.momenta[0]) if buffered and int(before.steps[0]) else None
     if at["rule"] == RULES["psi_sgd"]:
         return psi_error(h, w, g, m_old, got, want, m, m_want)
@@ -244,6 +288,19 @@ def ratio(got: Tensor, want: Tensor, bound: Tensor) -> float:
     worst = ((got.double() - want.double()).abs() / bound).max() if got.numel() else torch.zeros(())
     assert not bool(worst.isnan())
     return float(worst)
+
+
+def norm_error(at: Mapping[str, int], w: Tensor, d: Tensor, r: Tensor, r_expected: Tensor) -> float:
+    """The error of R in units of its bound: the same NaN, and the roundings of xi (see ``fg_error``), which is of the
+    size of d. Below 1e-19 squares vanish in float32."""
+    known = ~r_expected.isnan()
+    assert torch.equal(~r.isnan(), known)
+    n, p = w.shape[-2:]
+    roundings = 3 + (n + p) / 2 if at["manifold"] == Stiefel.code else 3 + math.sqrt(n * p) / 4
+    length = d.flatten(1).norm(dim=1)
+    size = length if at["individual"] else length.norm().reshape(1)
+    bound = roundings * arithmetic(w.dtype) * size + 1e-19 * math.sqrt(n * p)
+    return ratio(r[known], r_expected[known], bound[known])
 
 
 def fg_error(

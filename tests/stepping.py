@@ -131,6 +131,7 @@ def run_steps(
     *,
     count: int | None = None,
     fill: float = 0.0,
+    norms: Tensor | None = None,
 ) -> Run:
     """Take steps with the backend ``step``.
 
@@ -142,6 +143,7 @@ def run_steps(
         hyper: one mapping of hyper-parameters for each number in ``Group.hyper``; others have :data:`DEFAULTS`.
         count: the number of steps where ``grads_per_step`` is a function.
         fill: what the buffers hold before the first step, which must not read it.
+        norms: where every step writes R of its groups.
     """
     run = params if isinstance(params, Run) else start(params, groups, hyper, fill=fill)
     plan = Plan.build(groups, run.params)
@@ -168,5 +170,6 @@ def run_steps(
             plan.components,
             plan.scales,
             table,
+            norms,
         )
     return run

@@ -218,3 +218,10 @@ def test_fashion_reads_the_files_of_the_debian_package(tmp_path: Path) -> None:
 def test_fashion_says_which_package_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
         data.fashion(tmp_path)
+
+
+@pytest.mark.skipif(not data.FASHION.exists(), reason="the Debian package dataset-fashion-mnist is not installed")
+def test_fashion_is_where_the_package_puts_it() -> None:
+    images = data.fashion()
+    assert images.train_images.shape == (60000, 1, 28, 28)
+    assert images.test_labels.bincount().tolist() == [1000] * 10

@@ -4,6 +4,7 @@
 #include <ATen/Version.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <string>
 
@@ -36,9 +37,10 @@ Engine engine_of(const Job& job) {
 
 int64_t vectors_per_component(const Job& job) { return job.manifold == ManifoldCode::oblique ? job.geometry->p : 1; }
 
-// Whether components have to wait for the norm of their group. Without a bound on the step size nothing depends on it.
+// Whether components, or the pieces of one, have to wait for the norm of their group. Without a bound on the step size
+// nothing depends on it but a caller who asks.
 bool is_shared(const Job& job) {
-  return job.manifold != ManifoldCode::euclidean && job.rule == Rule::fg_sgd && !job.individual && job.bounded;
+  return job.rule == Rule::fg_sgd && (job.bounded || job.norms) && (!job.individual || job.in_pieces());
 }
 
 // Elements of a piece of work: its boundaries, and so the order of every sum, depend on nothing else.
@@ -61,7 +63,21 @@ struct Work {
   std::vector<uint8_t> skipped;
   double square = 0, step = 0;
   int64_t nonfinite = 0;
+  bool settled = false;
 };
+
+// From what the first pass over a shared group has found to the step of the second, and R.
+void settle(const Job& job, Work& w) {
+  w.settled = true;
+  const bool through = job.manifold == ManifoldCode::euclidean && !job.bounded;  // NaN and Inf are written, as in torch
+  if (job.in_pieces() && w.nonfinite) {
+    w.nonfinite = 1;
+    w.square = 0;
+  }
+  w.step = step_size_of<double>(job)(w.square);
+  if (job.norms) *job.norms = w.nonfinite && (through || job.individual) ? std::nan("") : std::sqrt(w.square);
+  if (through) w.nonfinite = 0;
+}
 
 // Tasks in near-equal shares of cost, one share a thread; f(task, scratch).
 template <class F>
@@ -122,9 +138,8 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     Work& w = work[j];
     w.engine = engine_of(job);
     const int64_t elements = job.geometry->elements();
-    const bool one_piece = job.geometry->count == 1 && w.engine == Engine::elements && job.geometry->dense;
-    const int64_t units = one_piece ? elements : job.count;  // what a chunk is counted in
-    const int64_t unit_elements = one_piece ? 1 : elements;
+    const int64_t units = job.in_pieces() ? elements : job.count;  // what a chunk is counted in
+    const int64_t unit_elements = job.in_pieces() ? 1 : elements;
     // A multiple of every register's lanes, so that only the last chunk has a partial block.
     int64_t chunk = (chunk_elements / std::max<int64_t>(unit_elements, 1) + 15) / 16 * 16;
     if (w.engine == Engine::vectors) {
@@ -135,7 +150,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       if (job.rule == Rule::fg_sgd) w.states.resize(size_t(job.count * vectors_per_component(job)));
     }
     const bool shared = is_shared(job);
-    if (shared && w.engine == Engine::lanes) w.skipped.resize(size_t(job.count));
+    if (shared && w.engine != Engine::vectors) w.skipped.resize(size_t(job.count));
     const bool in_one = shared && job.count * elements <= small_group_elements;
     for (int64_t begin = 0; begin < units; begin += chunk) {
       const int64_t end = in_one ? units : std::min(units, begin + chunk);
@@ -148,12 +163,15 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
 
   const auto first = [&](const Task& t, Partial* out, char* scratch) {
     Work& w = work[t.job];
+    if (w.engine == Engine::elements) k.elements_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
     if (w.engine == Engine::lanes) k.lanes_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
     if (w.engine == Engine::vectors) k.vectors_first(jobs[t.job], t.begin, t.end, out, w.states.data(), scratch);
   };
   const auto second = [&](const Task& t, char* scratch) {
     Work& w = work[t.job];
     const uint8_t* skipped = w.nonfinite ? w.skipped.data() : nullptr;
+    if (w.engine == Engine::elements && !(jobs[t.job].in_pieces() && w.nonfinite))
+      k.elements_second(jobs[t.job], t.begin, t.end, w.step, skipped);
     if (w.engine == Engine::lanes) k.lanes_second(jobs[t.job], t.begin, t.end, w.step, skipped);
     if (w.engine == Engine::vectors) k.vectors_second(jobs[t.job], t.begin, t.end, w.step, w.states.data(), scratch);
   };
@@ -162,16 +180,16 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
   in_parallel(tasks, scratch_bytes, [&](const Task& t, size_t i, char* scratch) {
     const Job& job = jobs[t.job];
     Work& w = work[t.job];
-    const bool shared = is_shared(job);
-    if (w.engine == Engine::elements) {
-      k.euclidean(job, t.begin, t.end);
-    } else if (t.first_of_two) {
+    if (t.first_of_two) {
       first(t, &partials[i], scratch);
-    } else if (shared) {
+    } else if (is_shared(job)) {
       first(t, &partials[i], scratch);
+      w.square = partials[i].square;
       w.nonfinite = partials[i].nonfinite;
-      w.step = step_size_of<double>(job)(partials[i].square);
+      settle(job, w);
       second(t, scratch);
+    } else if (w.engine == Engine::elements) {
+      k.elements_whole(job, t.begin, t.end, &partials[i]);
     } else if (w.engine == Engine::lanes) {
       k.lanes_whole(job, t.begin, t.end, &partials[i]);
     } else {
@@ -180,14 +198,16 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
   });
 
   // In the order of the chunks, whatever thread had them.
-  std::vector<int64_t> nonfinite(jobs.size(), 0);
   for (size_t i = 0; i < tasks.size(); i++) {
-    work[tasks[i].job].square += partials[i].square;
-    nonfinite[tasks[i].job] += partials[i].nonfinite;
+    Work& w = work[tasks[i].job];
+    if (w.settled) continue;
+    w.square += partials[i].square;
+    w.nonfinite += partials[i].nonfinite;
   }
+  std::vector<int64_t> nonfinite;
   for (size_t j = 0; j < jobs.size(); j++) {
-    work[j].nonfinite = nonfinite[j];
-    work[j].step = step_size_of<double>(jobs[j])(work[j].square);
+    if (is_shared(jobs[j]) && !work[j].settled) settle(jobs[j], work[j]);
+    nonfinite.push_back(work[j].nonfinite);
   }
   in_parallel(second_tasks, scratch_bytes, [&](const Task& t, size_t, char* scratch) { second(t, scratch); });
   return nonfinite;

@@ -1,4 +1,4 @@
-// Euclidean groups: torch.optim.SGD, elementwise.
+// Euclidean groups: torch.optim.SGD, elementwise, or the same direction with the step size of the group's norm.
 #pragma once
 
 #include "cpu/rows.h"
@@ -12,47 +12,46 @@ template <class R>
 class Elements {
   const Job& job;
   const Momentum<R> momentum;
-  const R minus_lr;
+  const StepSize<double> step_size;
 
-  // `v` weights w with gradients g and buffers m (ignored where there are none).
+  // What is stepped along; m, ignored where there is none, becomes the new buffer.
   template <class V>
-  MK_FN void update(V& w, V g, V& m) const {
+  MK_FN V direction(V w, V g, V& m) const {
     g = momentum.gradient(w, g);
     if (momentum.buffered) m = as_stored(job.storage, momentum.buffer(g, m));
-    w = euclidean::step(w, momentum.direction(g, m), V(minus_lr));
+    return momentum.direction(g, m);
   }
 
- public:
-  explicit Elements(const Job& job) : job(job), momentum(momentum_of<R>(job)), minus_lr(R(-job.hyper.lr)) {}
-
-  // Elements [begin, end) of weight, buffer and gradient that lie one after the other.
-  void run(int64_t weight, int64_t grad, int64_t begin, int64_t end) const {
+  // f(w, g, m) over elements [begin, end) that lie one after the other; Write: w and m are stored.
+  template <bool Write, class F>
+  MK_FN void dense(const Span& span, int64_t begin, int64_t end, const F& f) const {
     with_storage<R>(job.storage, [&](auto s) {
       using S = decltype(s);
-      S* w = static_cast<S*>(job.weight) + weight + begin;
-      S* m = job.momentum ? static_cast<S*>(job.momentum) + weight + begin : nullptr;
-      const S* g = static_cast<const S*>(job.grad) + grad + begin;
+      S* w = static_cast<S*>(job.weight) + span.weight + begin;
+      S* m = job.momentum ? static_cast<S*>(job.momentum) + span.weight + begin : nullptr;
+      const S* g = static_cast<const S*>(job.grad) + span.grad + begin;
       sweep<R>(end - begin, [&](int64_t i, auto tag) {
         using V = decltype(tag);
         V x = get_as<V>(w + i), y = V(R(0));
         if (momentum.buffered && !momentum.first) y = get_as<V>(m + i);
-        update(x, get_as<V>(g + i), y);
-        if (momentum.buffered) put(m + i, y);
-        put(w + i, x);
+        f(x, get_as<V>(g + i), y);
+        if (Write && momentum.buffered) put(m + i, y);
+        if (Write) put(w + i, x);
       });
     });
   }
 
   // Any strides.
-  void scattered(const Span& span) const {
+  template <bool Write, class F>
+  MK_FN void scattered(const Span& span, const F& f) const {
     const Geometry& geometry = *job.geometry;
     int64_t index[max_dims] = {}, weight = span.weight, grad = span.grad;
     for (int64_t i = 0; i < span.length; i++) {
       R x = get<R>(job.storage, job.weight, weight), y = R(0);
       if (momentum.buffered && !momentum.first) y = get<R>(job.storage, job.momentum, weight);
-      update(x, get<R>(job.storage, job.grad, grad), y);
-      if (momentum.buffered) set(job.storage, job.momentum, weight, y);
-      set(job.storage, job.weight, weight, x);
+      f(x, get<R>(job.storage, job.grad, grad), y);
+      if (Write && momentum.buffered) set(job.storage, job.momentum, weight, y);
+      if (Write) set(job.storage, job.weight, weight, x);
       for (int d = span.to - 1; d >= span.from; d--) {
         weight += geometry.weight_stride[d];
         grad += geometry.grad_stride[d];
@@ -64,19 +63,81 @@ class Elements {
     }
   }
 
-  // Elements of a single dense component, or components, [begin, end).
-  void step(int64_t begin, int64_t end) const {
-    if (job.geometry->count == 1 && job.geometry->dense) {
-      const Span span = span_of(job, 0);
-      return run(span.weight, span.grad, begin, end);
+  template <bool Write, class F>
+  MK_FN void each(const Span& span, int64_t begin, int64_t end, const F& f) const {
+    if (span.dense) {
+      dense<Write>(span, begin, end, f);
+    } else {
+      scattered<Write>(span, f);
+    }
+  }
+
+  struct Measured {
+    double square;  // of the direction
+    bool finite;    // direction and weight
+  };
+
+  // Elements [begin, end) of a dense span, or all of another.
+  __attribute__((noinline)) Measured measure(const Span& span, int64_t begin, int64_t end) const {
+    Sum<R> square, off;  // a product with zero is NaN where a number is not finite
+    each<false>(span, begin, end, [&](auto w, auto g, auto m) {
+      using V = decltype(w);
+      const V d = direction(w, g, m);
+      square.add(d, d);
+      off.add(d, V(R(0)));
+      off.add(w, V(R(0)));
+    });
+    return {square.value(), off.value() == 0};
+  }
+
+  __attribute__((noinline)) void move(const Span& span, int64_t begin, int64_t end, double step) const {
+    const R minus_step = R(-step);
+    each<true>(span, begin, end, [&](auto& w, auto g, auto& m) {
+      using V = std::remove_reference_t<decltype(w)>;
+      w = euclidean::step(w, direction(w, g, m), V(minus_step));
+    });
+  }
+
+ public:
+  explicit Elements(const Job& job) : job(job), momentum(momentum_of<R>(job)), step_size(step_size_of<double>(job)) {}
+
+  void whole(int64_t begin, int64_t end, Partial* out) const {
+    if (!job.bounded && !job.norms) return second(begin, end, job.hyper.lr, nullptr);
+    for (int64_t k = begin; k < end; k++) {
+      const Span span = span_of(job, k);
+      const Measured measured = measure(span, 0, span.length);
+      const bool left = job.bounded && !measured.finite;
+      if (job.norms) job.norms[k] = measured.finite ? __builtin_sqrt(measured.square) : __builtin_nan("");
+      if (!left) move(span, 0, span.length, step_size(measured.square));
+      out->nonfinite += left;
+    }
+  }
+
+  void first(int64_t begin, int64_t end, Partial* out, uint8_t* skipped) const {
+    if (job.in_pieces()) {
+      const Measured measured = measure(span_of(job, 0), begin, end);
+      out->square += measured.square;
+      out->nonfinite += !measured.finite;
+      return;
     }
     for (int64_t k = begin; k < end; k++) {
       const Span span = span_of(job, k);
-      if (span.dense) {
-        run(span.weight, span.grad, 0, span.length);
+      const Measured measured = measure(span, 0, span.length);
+      if (measured.finite) {
+        out->square += measured.square;
       } else {
-        scattered(span);
+        out->nonfinite++;
+        skipped[k] = 1;
       }
+    }
+  }
+
+  void second(int64_t begin, int64_t end, double step, const uint8_t* skipped) const {
+    if (job.in_pieces()) return move(span_of(job, 0), begin, end, step);
+    for (int64_t k = begin; k < end; k++) {
+      if (skipped && skipped[k]) continue;
+      const Span span = span_of(job, k);
+      move(span, 0, span.length, step);
     }
   }
 };

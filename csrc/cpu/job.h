@@ -60,10 +60,13 @@ struct Job {
   Retraction retraction;
   Hyper hyper;
   bool individual, bounded, first_step;
-  int64_t step;  // steps taken before this one
+  double* norms;  // where R is asked for ([FG] Theorem 1): one number, or one for each component where individual
+  int64_t step;   // steps taken before this one
 
   int64_t component(int64_t k) const { return listed ? listed[k] : first + k; }
   double scale(int64_t k) const { return scales[k * scale_stride]; }
+  // A single dense Euclidean component is work for several threads.
+  bool in_pieces() const { return manifold == ManifoldCode::euclidean && geometry->count == 1 && geometry->dense; }
 };
 
 // Up to here a component is one lane of a register (lanes.h); longer vectors have their elements in lanes (vectors.h).
@@ -85,11 +88,14 @@ struct VectorState {
 };
 
 struct Kernels {
-  // W <- W - lr d over elements [begin, end) of a flat job, or over all elements of components [begin, end).
-  void (*euclidean)(const Job&, int64_t begin, int64_t end);
-  // Small matrices, components [begin, end). individual: the whole step. Otherwise first the momentum and the sum of
-  // squares, then, with lr / tau, the retraction. skipped: one byte per component of the job, in and out (null where
-  // individual).
+  // Euclidean components [begin, end), or elements [begin, end) of a single dense one (in_pieces): the whole step, or
+  // first the sum of squares of the direction, which writes no state, then the step with lr / tau. skipped: one byte
+  // per component of the job, in and out (unused in pieces, null where nothing is left out).
+  void (*elements_whole)(const Job&, int64_t begin, int64_t end, Partial*);
+  void (*elements_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* skipped);
+  void (*elements_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);
+  // Small matrices, components [begin, end). whole: components that wait for no group's norm. Otherwise first the
+  // momentum and the sum of squares, then, with lr / tau, the retraction. skipped as above.
   void (*lanes_whole)(const Job&, int64_t begin, int64_t end, Partial*);
   void (*lanes_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* skipped);
   void (*lanes_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);

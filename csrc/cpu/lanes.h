@@ -54,6 +54,12 @@ __attribute__((noinline)) double alone(const Job& job, int64_t k, bool second, c
   return double(square);
 }
 
+// The roots of up to N squares; a component that is left out of its tile gets its own later.
+template <class R>
+__attribute__((noinline)) void write_roots(const Pack<R>& square, int count, double* roots) {
+  for (int i = 0; i < Pack<R>::lanes && i < count; i++) roots[i] = __builtin_sqrt(double(square.v[i]));
+}
+
 // R is the arithmetic type; other storage is converted where a tile is copied.
 template <class R, class Map, class Size>
 class Lanes {
@@ -267,6 +273,7 @@ class Lanes {
         sums.add(square);
         continue;
       }
+      if (pass.kind == Pass::whole && job.norms) write_roots(square, t.count - l, job.norms + t.k + l);
       const T step = -(pass.kind == Pass::second ? T(pass.step) : step_size(square)) * inverse;
       const auto near = step * step * square <= T(Limits<R>::huge_square);
       Map::retract(q, xi, step, square, size);
@@ -342,6 +349,8 @@ class Lanes {
                                               first    ? &stop
                                               : second ? &pass.step
                                                        : nullptr);
+          if (pass.kind == Pass::whole && job.norms)
+            job.norms[k + i] = square >= 0 ? __builtin_sqrt(square) : __builtin_nan("");
           if (square >= 0) {
             alone_squares += square;
           } else if (!second) {

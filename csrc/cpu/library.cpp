@@ -20,6 +20,9 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/job_rules.h"
 
 namespace mk {
@@ -141,6 +144,14 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
       factor.data_ptr<double>()[k] = step_size(squares.const_data_ptr<double>()[k]);
   } else {
     factor = at::full_like(squares, step_size(squares.sum().item<double>()));
+  }
+  if (job.norms) {
+    const at::Tensor norms = at::where(usable, norm * safe, at::full_like(norm, std::nan("")));
+    if (job.individual) {
+      std::copy_n(norms.const_data_ptr<double>(), job.count, job.norms);
+    } else {
+      *job.norms = std::sqrt(squares.sum().item<double>());
+    }
   }
   const double limit =
       job.retraction == Retraction::cayley || job.retraction == Retraction::exp ? longest_turn : longest_step;

@@ -467,6 +467,7 @@ class Vectors {
         first(k, k + 1, &partial, states);
         second(k, k + 1, step_size(partial.square), states);
         out->nonfinite += partial.nonfinite;
+        if (job.norms) job.norms[k] = partial.nonfinite ? __builtin_nan("") : __builtin_sqrt(partial.square);
       }
       return;
     }

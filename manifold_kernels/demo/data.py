@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FASHION = Path("/usr/share/dataset-fashion-mnist")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,22 @@ class Images:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+    def first(self, count: int) -> Images:
+        """With the first ``count`` training images only.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 1 <= count <= len(self.train_labels):
+            raise ValueError(f"count: wanted 1 to {len(self.train_labels)} training images, got {count}.")
+        return replace(self, train_images=self.train_images[:count], train_labels=self.train_labels[:count])
+
+    def held_out(self) -> Images:
+        """Four fifths of the training images, with the rest to test on: for choices that test images must not make."""
+        count = len(self.train_labels) - len(self.train_labels) // 5
+        (images, tests), (labels, answers) = (x.tensor_split([count]) for x in (self.train_images, self.train_labels))
+        return Images(images, labels, tests, answers)
 
 
 def digits() -> Images:

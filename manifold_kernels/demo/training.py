@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from manifold_kernels.demo.data import Images
 from manifold_kernels.demo.methods import Method
 from manifold_kernels.demo.network import ResNet
-from manifold_kernels.optim import FGSGD
+from manifold_kernels.optim import FGSGD, SGDG
+from manifold_kernels.renormalize import Renormalizer
 
 BATCH = 128
 
@@ -27,7 +28,7 @@ class Run:
 
     Attributes:
         method: its name.
-        losses: mean training loss of every epoch.
+        losses: mean training loss of every epoch, without a penalty.
         errors: test error in % after every epoch.
         seconds: time of every epoch's training.
         violation: the largest relative violation of a constraint at the end, ``None`` where nothing is constrained.
@@ -40,6 +41,61 @@ class Run:
     violation: float | None = None
 
 
+class Training:
+    """A new network in training by ``method``, an epoch at a time.
+
+    Every method sees the same initial weights and the same batches.
+
+    Args:
+        method: how.
+        images: what with.
+        epochs: as many as the learning rate is scheduled for.
+        blocks: of the network, in each of its three stages.
+        width: of the network's first stage.
+        seed: of weights, batches and collections.
+    """
+
+    def __init__(self, method: Method, images: Images, *, epochs: int, blocks: int, width: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.method, self.images = method, images
+        self.model = ResNet(blocks, width)
+        self.optimizer = method.optimizer(self.model, method.lr, seed)
+        milestones = sorted({max(1, round(part * epochs)) for part in MILESTONES})
+        self._schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.2)
+        self._shuffle = torch.Generator().manual_seed(seed)
+        self._renormalizer: Renormalizer | None = None
+        if method.renormalised:
+            assert isinstance(self.optimizer, FGSGD)
+            self._renormalizer = Renormalizer(self.model, self.optimizer)
+            self._renormalizer.trace(images.train_images[:1])
+
+    def epoch(self, after_batch: Callable[[], None] = lambda: None) -> float:
+        """Train for one epoch; the mean training loss."""
+        if self._renormalizer is not None:
+            # At the start: after the epoch, the averages of the batch norms would not be those of the weights.
+            self._renormalizer.step()
+        self.model.train()
+        losses = []
+        for batch in torch.randperm(len(self.images.train_labels), generator=self._shuffle).split(BATCH):  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad()
+            loss = cross_entropy(self.model(self.images.train_images[batch]), self.images.train_labels[batch])
+            total = loss if self.method.penalty is None else loss + self.method.penalty(self.optimizer)
+            total.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            losses.append(loss.item())
+            after_batch()
+        self._schedule.step()
+        return sum(losses) / len(losses)
+
+    def error(self) -> float:
+        """The share of wrong answers to the test images in %."""
+        return error(self.model, self.images.test_images, self.images.test_labels)
+
+    def violation(self) -> float | None:
+        """The largest relative violation of a constraint, ``None`` where nothing is constrained."""
+        return self.optimizer.violation() if isinstance(self.optimizer, (FGSGD, SGDG)) else None
+
+
 def train(
     method: Method,
     images: Images,
@@ -50,31 +106,15 @@ def train(
     seed: int = 0,
     after_batch: Callable[[Run], None] = lambda run: None,
 ) -> Run:
-    """Train a new network; every method sees the same initial weights and the same batches."""
-    torch.manual_seed(seed)
-    model = ResNet(blocks, width)
-    optimizer = method.optimizer(model)
-    milestones = sorted({round(part * epochs) for part in MILESTONES})
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    shuffle = torch.Generator().manual_seed(seed)
+    """Train a new network from start to end, as :class:`Training` does."""
+    training = Training(method, images, epochs=epochs, blocks=blocks, width=width, seed=seed)
     run = Run(method.name)
     for _ in range(epochs):
         start = time.perf_counter()
-        model.train()
-        losses = []
-        for batch in torch.randperm(len(images.train_labels), generator=shuffle).split(BATCH):  # type: ignore[no-untyped-call]
-            optimizer.zero_grad()
-            loss = cross_entropy(model(images.train_images[batch]), images.train_labels[batch])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.item())
-            after_batch(run)
-        schedule.step()
+        run.losses.append(training.epoch(lambda: after_batch(run)))
         run.seconds.append(time.perf_counter() - start)
-        run.losses.append(sum(losses) / len(losses))
-        run.errors.append(error(model, images.test_images, images.test_labels))
-    if isinstance(optimizer, FGSGD):
-        run.violation = optimizer.violation()
+        run.errors.append(training.error())
+    run.violation = training.violation()
     return run
 
 

@@ -4,6 +4,7 @@ from manifold_kernels.optim.adamg import AdamG
 from manifold_kernels.optim.base import ManifoldOptimizer
 from manifold_kernels.optim.fgsgd import FGSGD
 from manifold_kernels.optim.psisgd import PSISGD
+from manifold_kernels.optim.schedule import RobbinsMonroLR
 from manifold_kernels.optim.sgdg import SGDG
 
-__all__ = ["FGSGD", "PSISGD", "SGDG", "AdamG", "ManifoldOptimizer"]
+__all__ = ["FGSGD", "PSISGD", "SGDG", "AdamG", "ManifoldOptimizer", "RobbinsMonroLR"]

@@ -8,7 +8,7 @@ a step collects the gradients and calls the operator.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from operator import itemgetter
 from typing import Any, ClassVar, overload
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from manifold_kernels import fit, ops, views
-from manifold_kernels.manifolds import Euclidean, Manifold, manifold, retraction_code
+from manifold_kernels.collection import Collection, retraction_codes
+from manifold_kernels.manifolds import Euclidean, Manifold, manifold
 from manifold_kernels.optim import checkpoint, constraint, settings
 from manifold_kernels.optim.settings import ParamGroup, on_manifold
 from manifold_kernels.plan import GROUP_COLUMNS, Group, Plan
@@ -58,7 +59,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
     #: The update rule, a name in ``plan.RULES``.
     rule: ClassVar[str]
     #: Manifolds that the rule is defined on, besides the Euclidean space.
-    accepts: ClassVar[tuple[type[Manifold], ...]]
+    accepts: ClassVar[tuple[type[Manifold | Collection], ...]]
     #: Settings without effect on a manifold, and those without effect in the Euclidean space, with neutral values. The
     #: latter are the defaults too.
     euclidean_only: ClassVar[Mapping[str, object]] = {}
@@ -122,6 +123,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
                 plan.components,
                 plan.scales,
                 self._hyper,
+                self._norms,
             )
         return loss
 
@@ -214,7 +216,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         """Check the group just added and extend the plan by it."""
         index = len(self.param_groups) - 1
         try:
-            group["manifold"] = manifold(group["manifold"])
+            if not isinstance(group["manifold"], Collection):
+                group["manifold"] = manifold(group["manifold"])
             self._settle(group, given)
             settings.check(group)
             self._check_manifold(group)
@@ -228,7 +231,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._structure.append(_structure_of(group))
         self._forget()
 
-    def _settle(self, group: ParamGroup, given: Collection[str]) -> None:
+    def _settle(self, group: ParamGroup, given: Set[str]) -> None:
         """Neutral values for what has no effect in ``group``; raises where such a thing was ``given``."""
         settings.settle(group, given, self._neutral(group))
 
@@ -237,11 +240,11 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         return dict(self.euclidean_only if on_manifold(group) else self.manifold_only)
 
     def _check_manifold(self, group: ParamGroup) -> None:
-        of: Manifold = group["manifold"]
+        of: Manifold | Collection = group["manifold"]
         if not isinstance(of, (Euclidean, *self.accepts)):
             names = [accepted.name for accepted in self.accepts]
-            raise ValueError(f"manifold: {type(self).__name__} wants one of {names} or None, got {of.name!r}.")
-        retraction_code(of, group["retraction"])
+            raise ValueError(f"manifold: {type(self).__name__} wants one of {names} or None, got {str(of)!r}.")
+        retraction_codes(of, group["retraction"])
         if group["view"] is not None and group["view"] not in self.offered_views:
             raise ValueError(
                 f"view: {type(self).__name__} wants one of {list(self.offered_views)} or None, got {group['view']!r}."
@@ -250,34 +253,37 @@ class ManifoldOptimizer(torch.optim.Optimizer):
     def _plan_of(self, index: int, first: int) -> Plan:
         """The plan of param group ``index``, whose first parameter has position ``first`` in the optimizer."""
         group = self.param_groups[index]
-        of: Manifold = group["manifold"]
         groups: list[Group] = []
         for position, parameter in enumerate(group["params"], first):
             try:
                 self._check_parameter(parameter)
-                layout = _layout(group, parameter)
-                reason = fit.frozen(of, views.shape_of(parameter, layout)) if parameter.numel() else None
-                if reason is not None:
-                    raise ValueError(
-                        f"view: {layout.view!r} would freeze the weight on the manifold {of.name}: {reason}. "
-                        "Use another view or manifold, or leave the weight without one."
-                    )
-                groups.append(self._group_of(position, index, layout, fit.scale_of(of, layout, parameter)))
+                groups += self._groups_of(position, position - first, index, parameter, _layout(group, parameter))
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{self._where(position)}: {error}") from None
         return Plan.build(groups, self._all_parameters())
 
-    def _group_of(self, position: int, index: int, layout: Layout, scale: float) -> Group:
+    def _groups_of(self, position: int, within: int, index: int, parameter: Tensor, layout: Layout) -> list[Group]:
+        """The rows of the plan of parameter ``within`` of param group ``index``, at ``position`` in the optimizer."""
         group = self.param_groups[index]
-        return Group(
-            parameter=position,
-            hyper=index,
-            rule=self.rule,
-            manifold=group["manifold"].code,
-            retraction=retraction_code(group["manifold"], group["retraction"]),
-            layout=layout,
-            scale=scale,
-        )
+        of: Manifold = group["manifold"]
+        (retraction,) = retraction_codes(of, group["retraction"])
+        reason = fit.frozen(of, views.shape_of(parameter, layout)) if parameter.numel() else None
+        if reason is not None:
+            raise ValueError(
+                f"view: {layout.view!r} would freeze the weight on the manifold {of.name}: {reason}. "
+                "Use another view or manifold, or leave the weight without one."
+            )
+        return [
+            Group(
+                parameter=position,
+                hyper=index,
+                rule=self.rule,
+                manifold=of.code,
+                retraction=retraction,
+                layout=layout,
+                scale=fit.scale_of(of, layout, parameter),
+            )
+        ]
 
     def _check_parameter(self, parameter: Tensor) -> None:
         if parameter.dtype not in _DTYPES:
@@ -300,6 +306,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._seen: list[tuple[Any, ...]] | None = None
         self._entries = -1
         self._held: list[tuple[str | None, str | None]] | None = None
+        self._norms: Tensor | None = None  # R of every group, where the step is to write it
 
     def _refresh(self, values: list[tuple[Any, ...]]) -> None:
         """Bring the table of hyper-parameters and the lists of states up to ``values`` and :attr:`state`."""
@@ -453,7 +460,9 @@ def _structure_of(group: ParamGroup) -> tuple[Any, ...]:
 def _layout(group: ParamGroup, parameter: Tensor) -> Layout:
     if not on_manifold(group):
         return Layout("flat")
-    view = group["view"] or fit.default_view(group["manifold"], parameter)
+    of = group["manifold"]
+    default = of.default_view(parameter) if isinstance(of, Collection) else fit.default_view(of, parameter)
+    view = group["view"] or default
     return Layout(view, int(group["transposed"]), group["channel_groups"], group["rows"])
 
 

@@ -93,6 +93,8 @@ def load_plan(saved: dict[str, Any], expected: Plan, parameters: Sequence[Tensor
                 f"state_dict: plan: group {row} has {name} {int(plan.column(name)[row])}, the optimizer's param groups "
                 f"say {int(expected.column(name)[row])}. Load into an optimizer made as the saved one was."
             )
+    if not torch.equal(plan.components, expected.components):
+        raise ValueError("state_dict: plan: components are not those that the param groups assign.")
     nonfinite = saved["nonfinite"]
     if nonfinite.dtype != torch.int64 or nonfinite.shape != (len(parameters),) or bool((nonfinite < 0).any()):
         raise ValueError(

@@ -19,7 +19,7 @@ _BY_CODE: dict[int, type[Manifold]] = {of.code: of for of in MANIFOLDS}
 
 @dataclass(frozen=True)
 class Violation:
-    """The worst component of one group of a plan: how far it is off, relative to its scale, and how far it may be."""
+    """The worst component of a parameter on a manifold: how far it is off, relative to its scale, and may be."""
 
     parameter: int
     manifold: str
@@ -28,19 +28,23 @@ class Violation:
 
 
 def violations(plan: Plan, parameters: Sequence[Tensor], first: int = 0) -> Iterator[Violation]:
-    """The violation of every group of ``plan`` that has a constraint, from parameter ``first`` on.
+    """The violation of every manifold of every parameter that has a constraint, from parameter ``first`` on.
 
     Components are divided by their scales in float64 and measured against the manifold of scale 1.
     """
-    owners, codes = plan.column("parameter").tolist(), plan.column("manifold").tolist()
-    for row, (owner, code) in enumerate(zip(owners, codes, strict=True)):
+    rows: dict[tuple[int, int], list[int]] = {}  # a collection has many rows, measured together
+    for row, key in enumerate(zip(plan.column("parameter").tolist(), plan.column("manifold").tolist(), strict=True)):
+        rows.setdefault(key, []).append(row)
+    for (owner, code), own in rows.items():
         of = _BY_CODE[code]
         weight = parameters[owner]
         if owner < first or of is Euclidean or not weight.numel():
             continue
-        members = plan.members(row).to(weight.device)
-        scales = plan.scale(row).to(weight.device).reshape(-1, 1, 1)
-        batch = matrices(weight.detach(), plan.layout(row))[members].double() / scales
+        listed = [plan.members(row) for row in own]
+        scales = torch.cat([plan.scale(row).expand(one.numel()) for row, one in zip(own, listed, strict=True)])
+        members = torch.cat(listed).to(weight.device)
+        batch = matrices(weight.detach(), plan.layout(own[0]))[members].double()
+        batch /= scales.to(weight.device).reshape(-1, 1, 1)
         # Seen as a weight of one input and as many outputs as there are components, whose kernels they are.
         worst = weight_violation(of(), batch.unsqueeze(1), Layout("kernel"))
         yield Violation(owner, of.name, worst, tolerance(weight.dtype, batch.shape[-2], batch.shape[-1]))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from manifold_kernels.manifolds import Manifold, Oblique, Sphere, Stiefel
+from manifold_kernels import collection, fit, views
+from manifold_kernels.collection import Assignment, Collection, retraction_codes
+from manifold_kernels.manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
+from manifold_kernels.optim import diagnostics
 from manifold_kernels.optim.base import ManifoldOptimizer
+from manifold_kernels.optim.diagnostics import Diagnostics
 from manifold_kernels.optim.settings import ParamGroup
 from manifold_kernels.plan import Group
 from manifold_kernels.views import Layout
@@ -44,11 +50,14 @@ class FGSGD(ManifoldOptimizer):
         maximize: steps uphill.
         step_size: ``"corollary2"``, ``"general"`` or ``"none"``.
         rho: a bound on the distance to the minimum, for ``"general"``.
-        curvature: c, a bound on the sectional curvature, for ``"general"``.
+        curvature: c, in [FG] a bound on the sectional curvature, for ``"general"``; up to 3 without effect at rho = 1.
         grouping: ``"layer"``: the components of a parameter are one group; ``"individual"``: each is its own.
-        manifold: ``Sphere``, ``Oblique`` or ``Stiefel``, or a name.
+        manifold: ``Sphere``, ``Oblique`` or ``Stiefel``, a name, or in groups made by
+            :func:`manifold_kernels.partition` a ``Collection``, with its ``assignments``.
         view: ``"kernel"``, ``"filter"``, ``"matrix"``, or ``None`` for the layer's default.
-        retraction: ``None`` for the manifold's default, or a name in its ``retractions``.
+        retraction: ``None`` for the manifold's default, or a name in its ``retractions``; for a collection one that all
+            of its manifolds have, or names by manifold: ``{"stiefel": "polar"}``.
+        diagnostics: keep R and tau of every group for :meth:`diagnostics` to read.
         nonfinite: ``"skip"`` leaves components without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
@@ -63,10 +72,11 @@ class FGSGD(ManifoldOptimizer):
     """
 
     rule = "fg_sgd"
-    accepts = (Sphere, Oblique, Stiefel)
+    accepts = (Sphere, Oblique, Stiefel, Collection)
     euclidean_only: ClassVar[Mapping[str, object]] = {"weight_decay": 0.0}
     manifold_only: ClassVar[Mapping[str, object]] = {
         **ManifoldOptimizer.manifold_only,
+        "assignments": None,
         "grouping": "layer",
         "step_size": "none",
     }
@@ -88,7 +98,8 @@ class FGSGD(ManifoldOptimizer):
         grouping: str = "layer",
         manifold: Manifold | str | None = None,
         view: str | None = None,
-        retraction: str | None = None,
+        retraction: str | Mapping[str, str] | None = None,
+        diagnostics: bool = False,
         nonfinite: str = "skip",
         backend: str = "auto",
     ) -> None:
@@ -113,17 +124,118 @@ class FGSGD(ManifoldOptimizer):
             "view": view,
             "retraction": retraction,
         }
+        if not isinstance(diagnostics, bool):
+            raise TypeError(f"diagnostics: wanted True or False, got {diagnostics!r}.")
+        self._diagnosing = diagnostics
         super().__init__(params, defaults, nonfinite=nonfinite, backend=backend)
+
+    def diagnostics(self) -> Diagnostics:
+        """R and tau of every group in the last step ([FG] Theorem 1 and Eq. 5).
+
+        Raises:
+            RuntimeError: the optimizer was not made with ``diagnostics=True``, or took no step since.
+
+        >>> weight = torch.nn.Parameter(torch.eye(3))
+        >>> optimizer = FGSGD([weight], lr=0.1, manifold="stiefel", diagnostics=True, backend="reference")
+        >>> weight.grad = 3 * torch.ones(3, 3).triu(1)
+        >>> optimizer.step()
+        >>> found = optimizer.diagnostics()  # the skew half of G has the norm 3 sqrt(6)/2
+        >>> round(found.norm.item(), 4), round(found.tau.item(), 4)
+        (3.6742, 20.8485)
+        """
+        if not self._diagnosing:
+            raise RuntimeError("diagnostics: wanted an optimizer made with diagnostics=True, got one that keeps none.")
+        if self._norms is None:
+            raise RuntimeError("diagnostics: wanted a step before the first reading, got none. Call step().")
+        return diagnostics.read(self.plan, self._norms, self._hyper)
+
+    def _collect(self, held: list[tuple[str | None, str | None]]) -> None:
+        super()._collect(held)
+        if self._diagnosing:
+            self._norms = torch.full((diagnostics.entries(self.plan),), math.nan, dtype=torch.float64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_diagnosing": self._diagnosing}
 
     def _neutral(self, group: ParamGroup) -> dict[str, object]:
         neutral = super()._neutral(group)
+        of = group["manifold"]
+        if isinstance(of, Collection):
+            neutral["grouping"] = "layer"  # the scheme says what a group is
+            if any(isinstance(member, Euclidean) for member in of.manifolds):
+                del neutral["weight_decay"]
+        else:
+            neutral["assignments"] = None
         step_size = neutral.get("step_size", group["step_size"])
         return neutral if step_size == "general" else {**neutral, **_COROLLARY2}
 
-    def _group_of(self, position: int, index: int, layout: Layout, scale: float) -> Group:
+    def _groups_of(self, position: int, within: int, index: int, parameter: Tensor, layout: Layout) -> list[Group]:
         group = self.param_groups[index]
-        return replace(
-            super()._group_of(position, index, layout, scale),
-            individual=group["grouping"] == "individual",
-            step_size="none" if group["step_size"] == "none" else "general",
-        )
+        step_size = "none" if group["step_size"] == "none" else "general"
+        if isinstance(group["manifold"], Collection):
+            parts = collection.rows(group["manifold"], self._assignment(group, within), parameter, layout)
+            codes = retraction_codes(group["manifold"], group["retraction"])
+            return [
+                Group(
+                    position,
+                    index,
+                    self.rule,
+                    row.manifold.code,
+                    codes[row.position],
+                    layout,
+                    individual=row.individual,
+                    scale=fit.scale_of(row.manifold, layout, parameter),
+                    components=row.components,
+                    step_size=step_size,
+                )
+                for row in parts
+            ]
+        individual = group["grouping"] == "individual"
+        whole = super()._groups_of(position, within, index, parameter, layout)
+        return [replace(row, individual=individual, step_size=step_size) for row in whole]
+
+    @staticmethod
+    def _assignment(group: ParamGroup, within: int) -> Assignment:
+        """The assignment of parameter ``within`` of ``group``, which lies on a collection."""
+        assignments = group["assignments"]
+        if not isinstance(assignments, (tuple, list)) or len(assignments) != len(group["params"]):
+            raise ValueError(
+                f"assignments: wanted one Assignment for each of {len(group['params'])} parameters on a collection, "
+                f"got {assignments!r}. manifold_kernels.partition makes such groups."
+            )
+        assignment: Assignment = assignments[within]
+        return assignment
+
+    @torch.no_grad()
+    def rescale(self, parameter: Tensor, scales: Tensor | float) -> None:
+        """Move the components of a parameter to new scales: ``W <- W s_new/s_old``, computed in float64, rounded once.
+
+        The momentum stays as it is ([FG] section IV). What a scale means is the manifold's: the norm on the sphere, the
+        columns' norm on the oblique manifold, all singular values on Stiefel. Euclidean components have none and stay.
+
+        Args:
+            parameter: a parameter of this optimizer.
+            scales: one scale for all components, or float64 ``(components,)``, > 0 (numbers of Euclidean components are
+                not read).
+
+        Raises:
+            ValueError: another optimizer's parameter, one without a scale, or scales of a wrong shape or value. Nothing
+                was written.
+
+        >>> weight = torch.nn.Parameter(torch.eye(3))
+        >>> optimizer = FGSGD([weight], lr=0.1, manifold="stiefel", backend="reference")
+        >>> optimizer.rescale(weight, 0.5)
+        >>> weight[0].tolist(), optimizer.violation()
+        ([0.5, 0.0, 0.0], 0.0)
+        """
+        position = next((at for at, own in enumerate(self._all_parameters()) if own is parameter), None)
+        if position is None:
+            raise ValueError(f"parameter: wanted one of this optimizer, got another of shape {tuple(parameter.shape)}.")
+        try:
+            plan, layout, ratios = self.plan.rescaled(position, scales)
+        except ValueError as error:
+            raise ValueError(f"{self._where(position)}: {error}") from None
+        batch = views.matrices(parameter.detach(), layout)
+        moved = batch.double() * ratios.to(parameter.device).reshape(-1, 1, 1)
+        views.write_matrices(parameter, layout, moved.to(parameter.dtype))
+        self.plan = plan

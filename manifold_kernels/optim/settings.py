@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Set
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from manifold_kernels.collection import Assignment, Collection
 from manifold_kernels.manifolds import BY_NAME, Euclidean, Manifold
 from manifold_kernels.plan import HYPER_COLUMNS
 
@@ -44,6 +45,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
 #: Settings that the plan is made of. They are fixed once a group is in an optimizer.
 STRUCTURE: tuple[str, ...] = (
     "manifold",
+    "assignments",
     "view",
     "retraction",
     "grouping",
@@ -100,7 +102,7 @@ def _check_number(name: str, value: object, allowed: Callable[[float], bool], wo
         raise ValueError(f"{name}: wanted {words}, got {value!r}.")
 
 
-def settle(group: ParamGroup, given: Collection[str], neutral: Mapping[str, object]) -> None:
+def settle(group: ParamGroup, given: Set[str], neutral: Mapping[str, object]) -> None:
     """Set the settings in ``neutral``, which would have no effect in ``group``, to the value that says so.
 
     Defaults of the optimizer, meant for other groups, give way; a value ``given`` for this very group raises
@@ -122,27 +124,46 @@ def hyper_row(group: ParamGroup) -> list[float]:
 
 
 def pack(group: ParamGroup) -> ParamGroup:
-    """``group`` as plain data: its manifold becomes its name and fields.
+    """``group`` as plain data: its manifold becomes its name and fields, assignments become tensors.
 
     >>> from manifold_kernels.manifolds import Sphere
     >>> pack({"lr": 0.1, "manifold": Sphere(2.0)})
     {'lr': 0.1, 'manifold': {'name': 'sphere', 'scale': 2.0}}
     """
-    of: Manifold = group["manifold"]
-    return {**group, "manifold": {"name": of.name, **asdict(of)}}
+    packed = {**group, "manifold": _pack_manifold(group["manifold"])}
+    if group.get("assignments") is not None:
+        packed["assignments"] = [{"groups": one.groups, "manifolds": one.manifolds} for one in group["assignments"]]
+    return packed
+
+
+def _pack_manifold(of: Manifold | Collection) -> dict[str, Any]:
+    if isinstance(of, Collection):
+        fields = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+        return {"name": "collection", **fields, "manifolds": [_pack_manifold(member) for member in of.manifolds]}
+    return {"name": of.name, **dataclasses.asdict(of)}
 
 
 def unpack(group: ParamGroup) -> ParamGroup:
     """The inverse of :func:`pack`."""
-    packed = group["manifold"]
-    if not isinstance(packed, dict) or packed.get("name") not in BY_NAME:
+    unpacked = {**group, "manifold": _unpack_manifold(group["manifold"])}
+    if group.get("assignments") is not None:
+        try:
+            unpacked["assignments"] = tuple(Assignment(one["groups"], one["manifolds"]) for one in group["assignments"])
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"assignments: wanted dicts of 'groups' and 'manifolds': {error!r}.") from None
+    return unpacked
+
+
+def _unpack_manifold(packed: object) -> Manifold | Collection:
+    if not isinstance(packed, dict) or packed.get("name") not in {*BY_NAME, "collection"}:
         raise ValueError(f"manifold: wanted a dict with a 'name' out of {sorted(BY_NAME)}, got {packed!r}.")
     fields = {name: value for name, value in packed.items() if name != "name"}
     try:
-        of = BY_NAME[packed["name"]](**fields)
-    except TypeError as error:
+        if packed["name"] == "collection":
+            return Collection(**{**fields, "manifolds": tuple(map(_unpack_manifold, fields["manifolds"]))})
+        return BY_NAME[packed["name"]](**fields)
+    except (TypeError, KeyError) as error:
         raise ValueError(f"manifold: {packed!r} does not describe one: {error}.") from None
-    return {**group, "manifold": of}
 
 
 def on_manifold(group: ParamGroup) -> bool:

@@ -70,11 +70,12 @@ class Components:
 
 
 class Moved(NamedTuple):
-    """The next weights, and states where there are any, in their storage types."""
+    """The next weights, and states where there are any, in their storage types; ``r (k, 1, 1)`` is R of FG-SGD."""
 
     w: Tensor
     m: Tensor | None = None
     v: Tensor | None = None
+    r: Tensor | None = None
 
 
 Rule = Callable[[Components, Hyper], Moved]
@@ -99,16 +100,29 @@ def _direction(g: Tensor, m: Tensor | None, h: Hyper) -> Tensor:
     return g.add(m, alpha=h.momentum) if h.nesterov else m
 
 
-def euclidean_sgd(x: Components, h: Hyper) -> Moved:
-    """The step of ``torch.optim.SGD(foreach=False, fused=False)``, operation by operation."""
+def _sgd_direction(x: Components, h: Hyper) -> tuple[Tensor, Tensor | None]:
+    """What ``torch.optim.SGD(foreach=False, fused=False)`` steps along, and its buffer, operation by operation."""
     dtype = _arithmetic(x.w)
-    w = x.w.to(dtype)
     g = x.gradient(h, dtype)
     if h.weight_decay:
-        g = g.add(w, alpha=h.weight_decay)
+        g = g.add(x.w.to(dtype), alpha=h.weight_decay)
     m = _buffer(g, x, h)
-    d = _direction(g, None if m is None else m.to(dtype), h)
-    return Moved(w.add(d, alpha=-h.lr).to(x.w.dtype), m)
+    return _direction(g, None if m is None else m.to(dtype), h), m
+
+
+def euclidean_sgd(x: Components, h: Hyper) -> Moved:
+    """The step of ``torch.optim.SGD(foreach=False, fused=False)``."""
+    d, m = _sgd_direction(x, h)
+    moved = x.w.to(d.dtype).add(d, alpha=-h.lr).to(x.w.dtype)
+    return Moved(moved, m, r=_group_norm(torch.ones_like(x.s), norm(d.double()), x))
+
+
+def euclidean_fg_sgd(x: Components, h: Hyper) -> Moved:
+    """[FG] Algorithm 1 on the Euclidean space: along torch's direction d, with R = ||d||, ``W <- W - (lr/tau) d``."""
+    d, m = _sgd_direction(x, h)
+    # A component that is not finite will not move; it must not enter the norm of the others.
+    r = _group_norm(torch.ones_like(x.s), norm(torch.where(all_finite(d), d.double(), 0)), x)
+    return Moved((x.w.double() - h.lr / _tau(r, x, h) * d.double()).to(x.w.dtype), m, r=r)
 
 
 def _arithmetic(w: Tensor) -> torch.dtype:
@@ -129,22 +143,30 @@ def fg_sgd(x: Components, h: Hyper) -> Moved:
     d = _direction(g / c, None if wide_m is None else wide_m / c, h)
     xi = x.geometry.egrad2rgrad(w, d, x.s)
     length = norm(xi)
+    r = _group_norm(c, length, x)
     # V = -(lr/tau) c xi, no longer than the retraction can take.
-    factor = torch.minimum(h.lr / _tau(c, length, x, h) * c, x.retraction.longest * x.s / length)
-    return Moved(x.retraction.retract(w, -factor * xi, x.s).to(x.w.dtype), m)
+    factor = torch.minimum(h.lr / _tau(r, x, h) * c, x.retraction.longest * x.s / length)
+    return Moved(x.retraction.retract(w, -factor * xi, x.s).to(x.w.dtype), m, r=r)
 
 
-def _tau(c: Tensor, length: Tensor, x: Components, h: Hyper) -> Tensor:
-    """``tau`` of [FG] Eq. 5 for components with ``||xi|| = c length``, from the norm R of Theorem 1."""
-    if not x.bounded:
-        return torch.ones_like(c)
+def _group_norm(c: Tensor, length: Tensor, x: Components) -> Tensor:
+    """R of [FG] Theorem 1 for components with ``||xi|| = c length``, one number for each."""
     if x.individual:
-        norms = c * length
-    else:
-        top = c.max()
-        norms = top * torch.linalg.vector_norm(c / top * length).expand_as(c)
-    r = norms.clamp(max=1e300)  # tau is infinite anyway, but curvature * r must not be 0 * inf
-    return (r * torch.maximum(2 * h.rho + r, (1 + h.curvature * (h.rho + r)).sqrt())).clamp(min=1)
+        return c * length
+    top = c.max()
+    whole: Tensor = top * torch.linalg.vector_norm(c / top * length)
+    return whole.expand_as(c)
+
+
+def _tau(r: Tensor, x: Components, h: Hyper) -> Tensor:
+    """``tau`` of [FG] Eq. 5, 1 without a bound."""
+    return step_size_factor(r, h.rho, h.curvature) if x.bounded else torch.ones_like(r)
+
+
+def step_size_factor(r: Tensor, rho: Tensor | float, curvature: Tensor | float) -> Tensor:
+    """``tau`` of [FG] Eq. 5 for groups of norm R; Corollary 2 is rho = 1, c = 0."""
+    r = r.clamp(max=1e300)  # tau is infinite anyway, but curvature * r must not be 0 * inf
+    return (r * torch.maximum(2 * rho + r, (1 + curvature * (rho + r)).sqrt())).clamp(min=1)
 
 
 def psi_sgd(x: Components, h: Hyper) -> Moved:

@@ -14,7 +14,16 @@ from manifold_kernels.manifolds import RETRACTIONS, Euclidean
 from manifold_kernels.plan import GROUP_COLUMNS, STEP_SIZES, Plan
 from manifold_kernels.plan import RULES as RULE_CODES
 from manifold_kernels.reference.registry import GEOMETRIES
-from manifold_kernels.reference.rules import RULES, Components, Hyper, Moved, Rule, all_finite, euclidean_sgd
+from manifold_kernels.reference.rules import (
+    RULES,
+    Components,
+    Hyper,
+    Moved,
+    Rule,
+    all_finite,
+    euclidean_fg_sgd,
+    euclidean_sgd,
+)
 from manifold_kernels.views import Layout
 
 _RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
@@ -31,30 +40,52 @@ def step_(
     components: Tensor,
     scales: Tensor,
     hyper: Tensor,
+    norms: Tensor | None = None,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; see ``ops.py`` for the arguments.
 
-    Any floating-point type, device and strides. Euclidean groups are computed in float32 (float64 for float64), bit
-    for bit as ``torch.optim.SGD(foreach=False, fused=False)``; on the manifolds the momentum is, and the rest is
-    computed in float64 and rounded once.
+    Any floating-point type, device and strides. Euclidean groups without a bound on the step size are computed in
+    float32 (float64 for float64), bit for bit as ``torch.optim.SGD(foreach=False, fused=False)``; elsewhere the
+    momentum is, and the rest is computed in float64 and rounded once.
 
     Raises:
-        ValueError: where a buffer that a group needs has not the shape of its weight.
+        ValueError: where a buffer that a group needs has not the shape of its weight, or ``norms`` not the plan's.
     """
     plan = Plan(groups, components, scales)
+    counts = torch.where(plan.column("individual") == 1, plan.column("count"), 1).tolist()
+    if norms is not None:
+        _check_norms(norms, sum(counts))
+        norms.fill_(math.nan)
+    each_norm = [None] * len(counts) if norms is None else torch.split(norms, counts)
     with torch.no_grad():
         for row, values in enumerate(groups.tolist()):
             at = dict(zip(GROUP_COLUMNS, values, strict=True))
             index = at["parameter"]
             grad = grads[index]
-            if grad is None or grad.numel() == 0:
+            if grad is None or grad.numel() == 0 or at["count"] == 0:
                 continue
             h = Hyper(*hyper[at["hyper"]].tolist())
-            left = _step_group(
-                plan, row, at, h, params[index], grad, momenta[index], variances[index], int(steps[index])
+            nonfinite[index] += _step_group(
+                plan,
+                row,
+                at,
+                h,
+                params[index],
+                grad,
+                momenta[index],
+                variances[index],
+                int(steps[index]),
+                each_norm[row],
             )
-            nonfinite[index] += left
         steps += torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
+
+
+def _check_norms(norms: Tensor, size: int) -> None:
+    if norms.dtype != torch.float64 or norms.device.type != "cpu" or norms.shape != (size,):
+        raise ValueError(
+            f"norms: wanted float64 ({size},) on the CPU, a number for every group and one for each component of an "
+            f"individual one, got {norms.dtype} {tuple(norms.shape)} on {norms.device}."
+        )
 
 
 def _step_group(
@@ -67,8 +98,9 @@ def _step_group(
     momentum: Tensor,
     variance: Tensor,
     steps: int,
+    norms: Tensor | None,
 ) -> int:
-    """Step the components of one group; returns how many were left as they were."""
+    """Step the components of one group and write R; returns how many were left as they were."""
     euclidean = at["manifold"] == Euclidean.code
     adaptive = at["rule"] == RULE_CODES["adam_g"] and not euclidean
     buffered = adaptive or h.momentum != 0
@@ -91,10 +123,14 @@ def _step_group(
         individual=bool(at["individual"]),
         bounded=at["step_size"] == STEP_SIZES["general"],
     )
-    if euclidean:
-        moved = euclidean_sgd(x, h)
+    bounded = x.bounded and at["rule"] == RULE_CODES["fg_sgd"]
+    if euclidean and not bounded:
+        kept, moved = torch.arange(members.numel()), euclidean_sgd(x, h)
     else:
-        members, moved = _move_finite(members, x, RULES[at["rule"]], h)
+        kept, moved = _move_finite(x, euclidean_fg_sgd if euclidean else RULES[at["rule"]], h)
+    if norms is not None and at["rule"] == RULE_CODES["fg_sgd"]:
+        _write_norms(norms, x.individual, kept, moved.r)
+    members = members[kept]
     _write(param, layout, members, moved.w)
     if moved.m is not None:
         _write(momentum, layout, members, moved.m)
@@ -103,11 +139,21 @@ def _step_group(
     return x.w.shape[0] - members.numel()
 
 
-def _move_finite(members: Tensor, x: Components, rule: Rule, h: Hyper) -> tuple[Tensor, Moved]:
-    """Those of ``members`` that start from finite numbers and reach finite numbers, moved by ``rule``."""
+def _write_norms(norms: Tensor, individual: bool, kept: Tensor, r: Tensor | None) -> None:
+    """Write ``r (kept, 1, 1)``, R of every component that stepped, to the entries of its group."""
+    assert r is not None
+    r = torch.where(r.isfinite(), r, math.nan).flatten().to(norms.device)
+    if individual:
+        norms[kept.to(norms.device)] = r
+    else:
+        norms[0] = r[0] if r.numel() else 0
+
+
+def _move_finite(x: Components, rule: Rule, h: Hyper) -> tuple[Tensor, Moved]:
+    """Which components start from finite numbers and reach finite numbers, and these, moved by ``rule``."""
     start = all_finite(x.g) & all_finite(x.w)
     if not start.any():
-        return members[:0], Moved(x.w[:0])
+        return start.flatten().nonzero().flatten(), Moved(x.w[:0], r=x.s[:0])
     rows = start.flatten().nonzero().flatten()
     moved = rule(
         replace(x, w=x.w[rows], g=x.g[rows], m=_rows(x.m, rows), v=_rows(x.v, rows), s=x.s[rows]),
@@ -115,7 +161,7 @@ def _move_finite(members: Tensor, x: Components, rule: Rule, h: Hyper) -> tuple[
     )
     end = all_finite(moved.w) if moved.m is None else all_finite(moved.w) & all_finite(moved.m)
     kept = end.flatten().nonzero().flatten()
-    return members[rows[kept]], Moved(moved.w[kept], _rows(moved.m, kept), _rows(moved.v, kept))
+    return rows[kept], Moved(moved.w[kept], *(_rows(state, kept) for state in moved[1:]))
 
 
 def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:

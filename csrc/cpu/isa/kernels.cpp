@@ -18,8 +18,16 @@ void with_arithmetic(const Job& job, const F& f) {
   }
 }
 
-void euclidean(const Job& job, int64_t begin, int64_t end) {
-  with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).step(begin, end); });
+void elements_whole(const Job& job, int64_t begin, int64_t end, Partial* out) {
+  with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).whole(begin, end, out); });
+}
+
+void elements_first(const Job& job, int64_t begin, int64_t end, Partial* out, uint8_t* skipped) {
+  with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).first(begin, end, out, skipped); });
+}
+
+void elements_second(const Job& job, int64_t begin, int64_t end, double step, const uint8_t* skipped) {
+  with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).second(begin, end, step, skipped); });
 }
 
 void run_lanes(const Job& job, const Pass& pass) {
@@ -56,8 +64,8 @@ void vectors_second(const Job& job, int64_t begin, int64_t end, double step, con
 #define MK_TABLE_NAME(isa) kernels_##isa
 #define MK_TABLE(isa) MK_TABLE_NAME(isa)
 extern const Kernels MK_TABLE(MK_ISA);
-const Kernels MK_TABLE(MK_ISA) = {MK_ISA::euclidean,     MK_ISA::lanes_whole,   MK_ISA::lanes_first,
-                                  MK_ISA::lanes_second,  MK_ISA::vectors_whole, MK_ISA::vectors_first,
-                                  MK_ISA::vectors_second};
+const Kernels MK_TABLE(MK_ISA) = {MK_ISA::elements_whole, MK_ISA::elements_first, MK_ISA::elements_second,
+                                  MK_ISA::lanes_whole,    MK_ISA::lanes_first,    MK_ISA::lanes_second,
+                                  MK_ISA::vectors_whole,  MK_ISA::vectors_first,  MK_ISA::vectors_second};
 
 }  // namespace mk
