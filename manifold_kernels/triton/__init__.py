@@ -1,12 +1,4 @@
-"""The Triton backend: the same operator for GPUs without a compiler, NVIDIA's and AMD's; on the CPU by its interpreter."""
+"""The Triton backend: the same operator for GPUs, NVIDIA's and AMD's, where there is no compiler.
 
-from manifold_kernels.triton.support import INTERPRETED
-
-if INTERPRETED:
-    from manifold_kernels.triton import interpreter
-
-    interpreter.teach()
-
-from manifold_kernels.triton.launch import step_, warm_up
-
-__all__ = ["step_", "warm_up"]
+``launch`` has the operator, which ``ops.resolve`` imports when it is asked for: importing Triton takes a while.
+"""

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from manifold_kernels.plan import Plan
-from manifold_kernels.triton.planning import Launch, Schedule, schedule
+from manifold_kernels.plan import HYPER_COLUMNS, Plan
+from manifold_kernels.triton import library
+from manifold_kernels.triton.planning import RETRACTION_NAMES, Launch, Member, Schedule, schedule
 from manifold_kernels.triton.support import INTERPRETED
 
 #: Options of every compilation: what is fused is written as fma, so that a new compiler does not change results.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+
+if INTERPRETED:
+    from manifold_kernels.triton import interpreter
+
+    interpreter.teach()
 
 _SCHEDULES: OrderedDict[Hashable, tuple[Schedule, tuple[Tensor, ...]]] = OrderedDict()
 _KEPT = 16
@@ -99,10 +106,41 @@ def _run(
             _launch(launch, what, arguments, only_compile)
     if only_compile:
         return
+    for member in what.library:
+        _by_library(member, plan, hyper, grads, params, momenta, steps, counts, measured)
     if counts is not nonfinite:
         nonfinite += counts.to(nonfinite.device)
     if norms is not None and measured is not None:
         norms.copy_(measured)
+
+
+def _by_library(
+    planned: Member,
+    plan: Plan,
+    hyper: Tensor,
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    steps: Tensor,
+    counts: Tensor,
+    norms: Tensor | None,
+) -> None:
+    at, parameter = planned.at, planned.at["parameter"]
+    grad, weight = grads[parameter], params[parameter]
+    assert grad is not None  # else it is not in the schedule
+    # The schedule outlives the tensors that it was made from.
+    of = replace(planned, weight=weight, grad=grad, momentum=momenta[parameter] if planned.buffered else weight)
+    size = at["count"] if of.individual else 1
+    library.step(
+        of,
+        dict(zip(HYPER_COLUMNS, hyper[at["hyper"]].tolist(), strict=True)),
+        plan.members(of.row).to(weight.device),
+        plan.scale(of.row),
+        RETRACTION_NAMES[at["retraction"]],
+        int(steps[parameter]) == 0,
+        counts,
+        None if norms is None else norms[of.first_norm : of.first_norm + size],
+    )
 
 
 def _launch(launch: Launch, what: Schedule, arguments: tuple[Tensor, ...], only_compile: bool) -> None:
@@ -158,6 +196,11 @@ def _schedule(
         if len(_SCHEDULES) > _KEPT:
             _SCHEDULES.popitem(last=False)
     return _SCHEDULES[key][0]
+
+
+def forget() -> None:
+    """Plan the next step anew."""
+    _SCHEDULES.clear()
 
 
 def _seen(tensor: Tensor) -> Hashable:

@@ -23,14 +23,14 @@ from manifold_kernels.triton.registry import ARCS, LANE_MANIFOLDS, MATRIX_RETRAC
 from manifold_kernels.triton.support import INTERPRETED
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_NAMES = {code: name for name, code in RETRACTIONS.items()}
+RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
 
 #: Elements of a program's tile. The interpreter pays by the program, a machine by the register.
 TILE = 2**16 if INTERPRETED else 4096
 #: Lanes of a program whose lanes are matrices.
 LANES = 1024 if INTERPRETED else 128
 #: The largest matrices that are unrolled on a lane: vectors and columns, Stiefel by Givens, Stiefel otherwise.
-UNROLLED, UNROLLED_QR, UNROLLED_OTHERS = 32, 8, 4
+UNROLLED, UNROLLED_QR, UNROLLED_OTHERS = 32, 5, 4
 #: The largest Stiefel matrices in one program; larger ones take torch's linear algebra. Cayley and exp are n x n.
 IN_ONE_PROGRAM, IN_ONE_PROGRAM_SQUARE = 128, 64
 #: The longest step in units of s, by the type that is computed in. Of a longer one rounding leaves the direction alone
@@ -66,12 +66,45 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Library:
-    """A group that torch's linear algebra steps."""
+class Member:
+    """One group and its tensors."""
 
+    at: Mapping[str, int]
     row: int
-    parameter: int
-    norm: int
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor
+    buffered: bool
+    nesterov: bool
+    maximize: bool
+    decay: bool
+    norms: bool
+    first_norm: int
+
+    @property
+    def individual(self) -> bool:
+        return bool(self.at["individual"])
+
+    @property
+    def bounded(self) -> bool:
+        return self.at["step_size"] == STEP_SIZES["general"] and self.at["rule"] == RULES["fg_sgd"]
+
+    @property
+    def has_norm(self) -> bool:
+        return self.norms and self.at["rule"] == RULES["fg_sgd"]
+
+    @property
+    def compute(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def aligned(self) -> bool:
+        tensors = (self.weight, self.grad, self.momentum) if self.buffered else (self.weight, self.grad)
+        return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+    def layout(self) -> views.Layout:
+        view = {code: name for name, code in views.VIEWS.items()}[self.at["view"]]
+        return views.Layout(view, self.at["out_dim"], self.at["channel_groups"], self.at["rows"])
 
 
 @dataclass(frozen=True)
@@ -79,7 +112,7 @@ class Schedule:
     """The launches of a step in order, with the tables that do not change."""
 
     launches: list[Launch]
-    library: list[Library]
+    library: list[Member]  # groups that torch's linear algebra steps
     axes: Tensor
     groups: Tensor
     components: Tensor
@@ -111,47 +144,6 @@ class _Builder:
     partials: int = 0
 
 
-@dataclass(frozen=True)
-class Member:
-    """One group and its tensors."""
-
-    at: Mapping[str, int]
-    row: int
-    weight: Tensor
-    grad: Tensor
-    momentum: Tensor
-    buffered: bool
-    nesterov: bool
-    maximize: bool
-    decay: bool
-    norms: bool
-
-    @property
-    def individual(self) -> bool:
-        return bool(self.at["individual"])
-
-    @property
-    def bounded(self) -> bool:
-        return self.at["step_size"] == STEP_SIZES["general"] and self.at["rule"] == RULES["fg_sgd"]
-
-    @property
-    def has_norm(self) -> bool:
-        return self.norms and self.at["rule"] == RULES["fg_sgd"]
-
-    @property
-    def compute(self) -> torch.dtype:
-        return torch.promote_types(self.weight.dtype, torch.float32)
-
-    @property
-    def aligned(self) -> bool:
-        tensors = (self.weight, self.grad, self.momentum) if self.buffered else (self.weight, self.grad)
-        return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-    def layout(self) -> views.Layout:
-        view = {code: name for name, code in views.VIEWS.items()}[self.at["view"]]
-        return views.Layout(view, self.at["out_dim"], self.at["channel_groups"], self.at["rows"])
-
-
 def power_above(number: int) -> int:
     """The smallest power of two that is at least ``number``."""
     return int(triton.next_power_of_2(max(number, 1)))
@@ -168,7 +160,7 @@ def schedule(
     """The launches for one step of ``plan``; tensors are looked at for shapes, strides, types and alignment only."""
     device = params[0].device
     builder = _Builder()
-    library: list[Library] = []
+    library: list[Member] = []
     entry = 0
     table = hyper.tolist()
     for row, values in enumerate(plan.groups.tolist()):
@@ -176,14 +168,14 @@ def schedule(
         builder.rows.append(
             [at["hyper"], at["first"], at["scale"], at["scale_stride"], entry, builder.partials, 0]
         )
-        norm, entry = entry, entry + (at["count"] if at["individual"] else 1)
+        first_norm, entry = entry, entry + (at["count"] if at["individual"] else 1)
         grad, weight = grads[at["parameter"]], params[at["parameter"]]
         if grad is None or at["count"] == 0 or weight.numel() == 0:
             continue
-        member = _member(at, row, weight, grad, momenta[at["parameter"]], table[at["hyper"]], norms)
+        member = _member(at, row, weight, grad, momenta[at["parameter"]], table[at["hyper"]], norms, first_norm)
         piece = _piece(member)
         if piece is None:
-            library.append(Library(row, at["parameter"], norm))
+            library.append(member)
         else:
             _cut(builder, member, piece)
 
@@ -211,7 +203,14 @@ def schedule(
 
 
 def _member(
-    at: Mapping[str, int], row: int, weight: Tensor, grad: Tensor, momentum: Tensor, values: list[float], norms: bool
+    at: Mapping[str, int],
+    row: int,
+    weight: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    values: list[float],
+    norms: bool,
+    first_norm: int,
 ) -> Member:
     h = dict(zip(HYPER_COLUMNS, values, strict=True))
     euclidean = at["manifold"] == Euclidean.code
@@ -228,6 +227,7 @@ def _member(
         bool(h["maximize"]),
         bool(h["weight_decay"]) and (euclidean or at["manifold"] == ScaleInvariant.code),
         norms,
+        first_norm,
     )
 
 
@@ -235,7 +235,7 @@ def _piece(of: Member) -> _Piece | None:
     """The kernel for a group, or ``None`` where torch's linear algebra takes it."""
     shape = views.shape_of(of.weight, of.layout())
     axes = Axes.of(of.layout(), of.weight, of.grad, of.momentum)
-    manifold, retraction = of.at["manifold"], _NAMES[of.at["retraction"]]
+    manifold, retraction = of.at["manifold"], RETRACTION_NAMES[of.at["retraction"]]
     count, small = of.at["count"], shape.n * shape.p <= UNROLLED
     longest = LONGEST_VECTOR[of.compute]
     if manifold == ScaleInvariant.code:

@@ -1,10 +1,39 @@
-"""Which Triton is there, and whether its interpreter stands in for a GPU."""
+"""Which Triton is there, and whether its interpreter stands in for a GPU. Does not import Triton, which takes a while."""
 
 from __future__ import annotations
 
 import os
+from importlib import metadata
 
-#: Versions that the kernels are compiled with in the tests.
-OLDEST, BEYOND = (3, 6), (3, 9)
+#: The versions that the kernels are tested with, the last one excluded.
+OLDEST, BEYOND = "3.6", "3.9"
 
+#: Triton decides when kernels are defined whether they are compiled or interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` asks for the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def missing(gpu: bool) -> str | None:
+    """Why the backend cannot be used, or ``None``; ``gpu`` tells whether there is one."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return f"triton is not installed: pip install 'triton>={OLDEST},<{BEYOND}'"
+    if not _numbers(OLDEST) <= _numbers(version) < _numbers(BEYOND):
+        return f"wanted triton >= {OLDEST}, < {BEYOND}, got {version}"
+    if not gpu and not interpreted():
+        return "there is no GPU; TRITON_INTERPRET=1 interprets it on the CPU, slowly"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor.
+
+    >>> _numbers("3.6.0") < _numbers("3.10")
+    True
+    """
+    return tuple(int(part) for part in version.split(".")[:2])
