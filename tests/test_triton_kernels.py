@@ -142,10 +142,10 @@ def test_groups_of_several_programs(of: str, small_blocks: None) -> None:
             check(case, steps=2, step=step_)
 
 
-@pytest.mark.parametrize("grads", [*ARRANGEMENTS, "expanded"])
+@pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("weights", ARRANGEMENTS)
-def test_arrangements_in_memory(weights: str, grads: str) -> None:
-    """Strides of the weight against strides of its gradient; 32 inputs are whole 16-byte loads in every type."""
+def test_arrangements_in_memory(weights: str, shift: int) -> None:
+    """Strides of the weight against the same and other strides of its gradient; 32 inputs are whole 16-byte loads in every type."""
     turn = itertools.cycle(itertools.product(DTYPES, (MOMENTA[1], MOMENTA[2], MOMENTA[0])))
     cases = [
         ("sphere", "projection", KERNEL),
@@ -155,9 +155,11 @@ def test_arrangements_in_memory(weights: str, grads: str) -> None:
         ("sphere", "projection", Layout("filter", out_dim=1, channel_groups=2)),
         ("euclidean", "add", FLAT),
     ]
+    others = [*ARRANGEMENTS, "expanded"]
+    grads = others[(ARRANGEMENTS.index(weights) + shift) % len(others)]
     for _ in range(ARRANGEMENTS.index(weights)):
         next(turn)
-    for of, option, layout in cases[:: 1 if weights == grads else 2]:
+    for of, option, layout in cases[:: 1 if shift == 0 else 2]:
         dtype, options = next(turn)
         case = one_group(
             of,

@@ -15,6 +15,8 @@ if find_spec("triton") is None:
 
 before = os.environ.get("TRITON_INTERPRET")
 os.environ["TRITON_INTERPRET"] = "1"
+import triton.experimental.gluon  # noqa: E402, F401  imported at the first launch, by the same rule
+
 from manifold_kernels.triton import launch, planning  # noqa: E402
 
 if before is None:

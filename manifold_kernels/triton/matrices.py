@@ -101,7 +101,7 @@ def householder_qf(y, P: tl.constexpr):
         y = y - (beta * v)[:, None] * tl.sum(v[:, None] * y, 0)[None, :]
         reflectors = tl.where(here, v[:, None], reflectors)
         betas = tl.where(at == k, beta, betas)
-        signs = tl.where((at == k) & (head >= 0) & (~zero), -1.0, signs)
+        signs = tl.where(at == k, tl.where(zero | (head < 0), 1.0, -1.0), signs)
     q = ((row[:, None] == at[None, :]) & (at < P)[None, :]).to(y.dtype)
     for back in range(P):
         k = P - 1 - back

@@ -31,8 +31,9 @@ TILE = 2**16 if INTERPRETED else 4096
 LANES = 1024 if INTERPRETED else 128
 #: The largest matrices that are unrolled on a lane: vectors and columns, Stiefel by Givens, Stiefel otherwise.
 UNROLLED, UNROLLED_QR, UNROLLED_OTHERS = 32, 5, 4
-#: The largest Stiefel matrices in one program; larger ones take torch's linear algebra. Cayley and exp are n x n.
-IN_ONE_PROGRAM, IN_ONE_PROGRAM_SQUARE = 128, 64
+#: The largest Stiefel matrices whose products fit in a program's registers, and those by Cayley and exp, which have more
+#: of them; larger ones take torch's linear algebra.
+IN_ONE_PROGRAM, IN_ONE_PROGRAM_TURNING = 32, 16
 #: The longest step in units of s, by the type that is computed in. Of a longer one rounding leaves the direction alone
 #: (vectors), or less than the part that is cut (matrices: Gram matrices are to keep half of the digits).
 LONGEST_VECTOR = {torch.float32: 2.0**30, torch.float64: 2.0**60}
@@ -261,7 +262,7 @@ def _piece(of: Member) -> _Piece | None:
         if n <= (UNROLLED_QR if retraction == "qr" else UNROLLED_OTHERS):
             limit = LONGEST_TURN if turns else longest if retraction == "qr" else LONGEST_MATRIX[of.compute]
             return _lanes(of, axes, n, p, retraction, limit)
-        if n <= (IN_ONE_PROGRAM_SQUARE if turns else IN_ONE_PROGRAM):
+        if n <= (IN_ONE_PROGRAM_TURNING if turns else IN_ONE_PROGRAM):
             return _matrices(of, axes, n, p, retraction, LONGEST_TURN if turns else LONGEST_MATRIX[of.compute])
         return None
     if small:
@@ -404,7 +405,7 @@ def _matrices(of: Member, axes: Axes, n: int, p: int, retraction: str, longest: 
         "ROWS": rows,
         "COLUMNS": columns,
     }
-    return _Piece(Kernel(matrices.step, tuple(constants.items()), _warps(rows * columns)), axes, of.at["count"], 1)
+    return _Piece(Kernel(matrices.step, tuple(constants.items()), 4), axes, of.at["count"], 1)
 
 
 def _warps(elements_: int) -> int:
