@@ -130,8 +130,8 @@ def resolve(backend: str, device: torch.device) -> Step:
     if backend == "triton":
         if device.type != "cuda" and not (device.type == "cpu" and support.interpreted()):
             raise ValueError(
-                f"backend: 'triton' needs parameters on a GPU, got {device}. Move them there, or set TRITON_INTERPRET=1 "
-                "before Python starts, which interprets it on the CPU, slowly."
+                f"backend: 'triton' needs parameters on a GPU, got {device}. Move them there, or set TRITON_INTERPRET=1"
+                " before Python starts, which interprets it on the CPU, slowly."
             )
         from manifold_kernels.triton.launch import step_ as triton_step
 

@@ -185,7 +185,7 @@ def assert_same_bits(run: Run, other: Run) -> None:
 
 
 def check(case: Case, steps: int = 3, step: Step = compiled) -> float:
-    """Step both backends, the reference and ``step``, and compare weights, states and R; returns the largest error in units of its bound."""
+    """Step both backends and compare weights, states and R; returns the largest error in units of its bound."""
     run = start([case.weight], case.groups, [case.hyper], fill=math.nan)
     run.params[0] = case.weight
     plan, table = Plan.build(case.groups, run.params), hyper_table([case.hyper])

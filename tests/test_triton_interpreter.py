@@ -39,4 +39,6 @@ def test_bfloat16_is_rounded_as_torch_rounds() -> None:
     wanted = x.to(torch.bfloat16)
     back = torch.from_numpy(interpreter.from_bfloat16(got))
     assert torch.equal(back.isnan(), wanted.isnan())
-    assert torch.equal(back.nan_to_num(0, posinf=1e38, neginf=-1e38), wanted.float().nan_to_num(0, posinf=1e38, neginf=-1e38))
+    assert torch.equal(
+        back.nan_to_num(0, posinf=1e38, neginf=-1e38), wanted.float().nan_to_num(0, posinf=1e38, neginf=-1e38)
+    )

@@ -122,7 +122,7 @@ def test_filters(of: str, option: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("of", ["sphere", "oblique", "stiefel", "scale_invariant", "grassmann", "euclidean"])
 def test_groups_of_several_programs(of: str, small_blocks: None) -> None:
-    """Norms summed over programs, vectors longer than a block, columns of a matrix in several pieces, and every tail."""
+    """Norms summed over programs, vectors longer than a block, columns of a matrix in several pieces, and tails."""
     options = {"lr": 0.3, "momentum": 0.9}
     cases = {
         "sphere": [((5, 7, 3, 3), KERNEL), ((5, 700), FILTER), ((30, 40), MATRIX)],
@@ -136,16 +136,14 @@ def test_groups_of_several_programs(of: str, small_blocks: None) -> None:
     for (shape, layout), option, dtype in itertools.product(cases[of], rules, (torch.float32, torch.float64)):
         for step_size in ("none", "general") if not rules[0].endswith(("sgd", "_g")) else ("none",):
             size = 0.3 / (math.prod(shape[1:]) if of == "scale_invariant" else 1)
-            case = one_group(
-                of, option, shape, layout, dtype=dtype, step_size=step_size, hyper=options, grad_size=size
-            )
+            case = one_group(of, option, shape, layout, dtype=dtype, step_size=step_size, hyper=options, grad_size=size)
             check(case, steps=2, step=step_)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("weights", ARRANGEMENTS)
 def test_arrangements_in_memory(weights: str, shift: int) -> None:
-    """Strides of the weight against the same and other strides of its gradient; 32 inputs are whole 16-byte loads in every type."""
+    """Strides of the weight against those of its gradient; 32 inputs are whole 16-byte loads in every type."""
     turn = itertools.cycle(itertools.product(DTYPES, (MOMENTA[1], MOMENTA[2], MOMENTA[0])))
     cases = [
         ("sphere", "projection", KERNEL),
@@ -280,6 +278,13 @@ def test_step_sizes(rho: float, curvature: float) -> None:
         for of, option in (("sphere", "projection"), ("oblique", "exp"), ("stiefel", "qr")):
             hyper = {"lr": 1.0, "rho": rho, "curvature": curvature}
             case = one_group(
-                of, option, (3, 6, 3, 3), KERNEL, individual=individual, step_size="general", hyper=hyper, grad_size=size
+                of,
+                option,
+                (3, 6, 3, 3),
+                KERNEL,
+                individual=individual,
+                step_size="general",
+                hyper=hyper,
+                grad_size=size,
             )
             check(case, steps=1, step=step_)

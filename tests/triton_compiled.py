@@ -56,7 +56,9 @@ def cases() -> dict[str, Case]:
 def main(targets: list[str]) -> None:
     for name, case in cases().items():
         for kernel in kernels(case):
-            mode = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(dict(kernel.constants)["MODE"], "")
+            mode = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(
+                dict(kernel.constants)["MODE"], ""
+            )
             for target in targets:
                 found = compiling.compile_kernel(kernel, target)
                 line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}

@@ -36,7 +36,9 @@ def _stride(at, WHICH: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def offsets(axes, AXIS: tl.constexpr, index, DIMS_USED: tl.constexpr, SAME: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr):
+def offsets(
+    axes, AXIS: tl.constexpr, index, DIMS_USED: tl.constexpr, SAME: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr
+):
     """Offsets of ``index`` along an axis in weight, gradient and momentum.
 
     ``RUN`` is the axis whose last dimension is contiguous in memory (-1: none); then all other strides and the size of

@@ -65,7 +65,8 @@ def _of_nvidia(ptx: str, cubin: bytes) -> Resources:
         source.write_text(ptx)
         binary.write_bytes(cubin)
         # Triton's own call of ptxas, once more: only its report tells spills from other uses of local memory.
-        command = [_tool("ptxas"), "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", "/dev/null"]
+        assembler = "ptxas-blackwell" if architecture.startswith("sm_10") else "ptxas"
+        command = [_tool(assembler), "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         code = subprocess.run([_tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
@@ -79,7 +80,9 @@ def _width(modifiers: str) -> int:
 
 
 def _of_amd(assembly: str) -> Resources:
-    registers, spills = (int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0]) for name in ("vgpr_count", "vgpr_spill_count"))
+    registers, spills = (
+        int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0]) for name in ("vgpr_count", "vgpr_spill_count")
+    )
     widths = {"": 32, "x2": 64, "x3": 96, "x4": 128}
     loads, stores = (
         Counter(widths[m] for m in re.findall(rf"global_{kind}_dword(x\d)?\b", assembly)) for kind in ("load", "store")

@@ -10,6 +10,9 @@ from manifold_kernels.triton.arithmetic import divide, inverse_root, power_of_tw
 from manifold_kernels.triton.rows import broken, largest, piece
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
+    BETA2,
+    CLIP,
+    EPS,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -26,11 +29,8 @@ from manifold_kernels.triton.tables import (
     TILE_GROUP,
     TILE_PARAMETER,
     TILE_WIDTH,
-    WEIGHT,
-    BETA2,
-    CLIP,
-    EPS,
     VARIANCE,
+    WEIGHT,
 )
 
 
@@ -96,21 +96,51 @@ def step(
     top_g = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         bad = tl.maximum(bad, tl.maximum(broken(w), tl.maximum(broken(g), broken(u))))
         top_w = tl.maximum(top_w, largest(w))
         top_g = tl.maximum(top_g, largest(g))
     ok = inside & (bad == 0)
     # Divided by powers of two, so that no square overflows; w is normalised first, so that rounding never adds up.
-    c_w, inverse_w = power_of_two(tl.where(ok, top_w, 0.0))
+    _, inverse_w = power_of_two(tl.where(ok, top_w, 0.0))
     c_g, inverse_g = power_of_two(tl.where(ok, top_g, 0.0))
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q = w * inverse_w[:, None]
         square += tl.sum(q * q, 1)
@@ -118,16 +148,46 @@ def step(
     along = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         along += tl.sum(w * unit[:, None] * (g * inverse_g[:, None]), 1)
     nothing = tl.zeros((LANES,), COMPUTE)
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, nothing, 0.0)
         square += tl.sum(rgrad * rgrad, 1)
@@ -146,8 +206,23 @@ def step(
     square_c = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
         square_c += tl.sum(c * c, 1)
@@ -173,8 +248,23 @@ def step(
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
         y = tl.fma(c, sinc[:, None], q * cosine[:, None])
@@ -185,17 +275,47 @@ def step(
         # tau loses its component along the new w, which rounding would let grow.
         for k in range(BLOCKS):
             w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
-        )
+                own_axes,
+                k,
+                weights,
+                grads,
+                buffers,
+                at_lane,
+                inside,
+                first_step,
+                N,
+                BLOCK,
+                COMPUTE,
+                BUFFERED,
+                MAXIMIZE,
+                SAME,
+                RUN,
+                ALIGN,
+                DIMS_1,
+            )
             q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
             y = tl.fma(c, sinc[:, None], q * cosine[:, None]) * unit_y[:, None]
             tau = tl.fma(-turn[:, None], q, c * cosine[:, None])
             radial += tl.sum(y * tau, 1)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
         y = tl.fma(c, sinc[:, None], q * cosine[:, None]) * unit_y[:, None]

@@ -98,5 +98,7 @@ def teach() -> None:
     """Put all of it right, in this process."""
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.create_fma = _fma
-    for name in [name for name in vars(interpreter.InterpreterBuilder) if name.startswith(("create_fcmp", "create_icmp"))]:
+    for name in [
+        name for name in vars(interpreter.InterpreterBuilder) if name.startswith(("create_fcmp", "create_icmp"))
+    ]:
         setattr(interpreter.InterpreterBuilder, name, _truth(getattr(interpreter.InterpreterBuilder, name)))

@@ -121,7 +121,9 @@ def step(
         component = tl.load(components + start + position, mask=inside, other=0).to(tl.int32)
     else:
         component = tl.multiple_of(start.to(tl.int32), ALIGN) + position
-    s = tl.load(scales + tl.load(group + GROUP_SCALE) + position * tl.load(group + GROUP_SCALE_STRIDE), mask=inside, other=1.0)
+    s = tl.load(
+        scales + tl.load(group + GROUP_SCALE) + position * tl.load(group + GROUP_SCALE_STRIDE), mask=inside, other=1.0
+    )
 
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     grads = address(tensor + GRAD, STORE, RUN >= 0)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from manifold_kernels.plan import HYPER_COLUMNS, Plan
 from manifold_kernels.triton import library
-from manifold_kernels.triton.planning import RETRACTION_NAMES, Launch, Member, Schedule, schedule
-from manifold_kernels.triton.support import INTERPRETED
+from manifold_kernels.triton.planning import INTERPRETED, RETRACTION_NAMES, Launch, Member, Schedule, schedule
 
 #: Options of every compilation: what is fused is written as fma, so that a new compiler does not change results.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -43,7 +42,7 @@ def step_(
     norms: Tensor | None = None,
     /,
 ) -> None:
-    """One step of everything that the plan ``(groups, components, scales)`` covers; see ``ops.py`` for the arguments."""
+    """One step of everything that the plan ``(groups, components, scales)`` covers; ``ops.py`` has the arguments."""
     if params:
         _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, False)
     taken = torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)

@@ -35,8 +35,10 @@ def _polar(y: Tensor) -> Tensor:
 def _retract(name: str, q: Tensor, x: Tensor) -> Tensor:
     """``R_q(x)``, as :mod:`~manifold_kernels.triton.matrices` has it."""
     if name == "qr":
+        basis: Tensor
         basis, r = torch.linalg.qr(q + x)
-        return basis * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(q.dtype).unsqueeze(-2)
+        sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(q.dtype)
+        return basis * sign.unsqueeze(-2)
     if name == "polar":
         return _polar(q + x)
     if name == "cayley":
@@ -98,7 +100,11 @@ def step(
     longest = LONGEST_TURN if retraction in ("cayley", "exp") else LONGEST_MATRIX[of.compute]
     along = torch.minimum(h["lr"] / tau * c / s, longest / length.clamp(min=1e-20))
     # What does not move is any orthonormal matrix meanwhile, so that no decomposition meets NaN.
-    y = _retract(retraction, torch.where(here, q, torch.eye(*q.shape[-2:], dtype=q.dtype, device=q.device)), -along.to(q.dtype) * xi)
+    y = _retract(
+        retraction,
+        torch.where(here, q, torch.eye(*q.shape[-2:], dtype=q.dtype, device=q.device)),
+        -along.to(q.dtype) * xi,
+    )
     y = y.mT if wide else y
     batch = views.matrices(of.weight, layout).clone()
     batch[members] = torch.where(here, (y * s).to(of.weight.dtype), batch[members])

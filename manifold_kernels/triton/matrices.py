@@ -58,7 +58,7 @@ def identity(SIZE: tl.constexpr, USED: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit
 def enough(COMPUTE: tl.constexpr):
     """The squared distance from which one quadratically converging iteration leads below eps."""
-    return 1e-17 if COMPUTE == tl.float64 else 1e-9
+    return 1e-17 if tl.float64 == COMPUTE else 1e-9
 
 
 @triton.jit
@@ -157,7 +157,10 @@ def skew_product(x, q):
 
 @triton.jit
 def inverse_minus_half(b):
-    """``(I - B/2)^{-1}`` for a skew B, by Newton's ``X <- X (2 I - Z X)`` from ``Z^T/(1 + ||B||_F^2/8) >= Z^T/||Z||_2^2``."""
+    """``(I - B/2)^{-1}`` for a skew B, ``Z = I - B/2``, by Newton's ``X <- X (2 I - Z X)``.
+
+    It starts at ``Z^T/(1 + ||B||_F^2/8)``, where ``||Z||_2^2 <= 1 + ||B||_F^2/8``: eigenvalues come in pairs +-i mu.
+    """
     one = identity(b.shape[0], b.shape[0], b.dtype)
     z = one - 0.5 * b
     x = (one + 0.5 * b) * (1.0 / (1.0 + square_norm(b) * 0.125))
@@ -181,7 +184,7 @@ def retract_cayley(q, xi, step, N: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def retract_exp(q, xi, step, N: tl.constexpr, P: tl.constexpr):
-    """``[q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A)``, ``A = q^T X``: :mod:`~manifold_kernels.triton.stiefel`'s."""
+    """``[q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A)``, ``A = q^T X``, as in ``stiefel``."""
     DEGREE: tl.constexpr = 14 if q.dtype == tl.float64 else 8
     x = step * project(q, xi)
     a = gram(q, x)

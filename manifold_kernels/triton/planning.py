@@ -18,20 +18,23 @@ from manifold_kernels import views
 from manifold_kernels.manifolds import RETRACTIONS, Euclidean, Grassmann, Oblique, ScaleInvariant, Sphere, Stiefel
 from manifold_kernels.plan import GROUP_COLUMNS, HYPER_COLUMNS, RULES, STEP_SIZES, Plan
 from manifold_kernels.triton import elements, grassmann, lanes, matrices, scale_invariant, tables, vectors
+from manifold_kernels.triton.addressing import AXIS_COLUMNS
 from manifold_kernels.triton.axes import Axes
 from manifold_kernels.triton.registry import ARCS, LANE_MANIFOLDS, MATRIX_RETRACTIONS
-from manifold_kernels.triton.support import INTERPRETED
+from manifold_kernels.triton.support import interpreted
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
 
+#: Triton decides when kernels are defined, as they are by now, whether they are compiled or interpreted.
+INTERPRETED = interpreted()
 #: Elements of a program's tile. The interpreter pays by the program, a machine by the register.
 TILE = 2**16 if INTERPRETED else 4096
 #: Lanes of a program whose lanes are matrices.
 LANES = 1024 if INTERPRETED else 128
 #: The largest matrices that are unrolled on a lane: vectors and columns, Stiefel by Givens, Stiefel otherwise.
 UNROLLED, UNROLLED_QR, UNROLLED_OTHERS = 32, 5, 4
-#: The largest Stiefel matrices whose products fit in a program's registers, and those by Cayley and exp, which have more
+#: The largest Stiefel matrices whose products fit in a program's registers, and of those by Cayley and exp, with more
 #: of them; larger ones take torch's linear algebra.
 IN_ONE_PROGRAM, IN_ONE_PROGRAM_TURNING = 32, 16
 #: The longest step in units of s, by the type that is computed in. Of a longer one rounding leaves the direction alone
@@ -166,9 +169,7 @@ def schedule(
     table = hyper.tolist()
     for row, values in enumerate(plan.groups.tolist()):
         at = dict(zip(GROUP_COLUMNS, values, strict=True))
-        builder.rows.append(
-            [at["hyper"], at["first"], at["scale"], at["scale_stride"], entry, builder.partials, 0]
-        )
+        builder.rows.append([at["hyper"], at["first"], at["scale"], at["scale_stride"], entry, builder.partials, 0])
         first_norm, entry = entry, entry + (at["count"] if at["individual"] else 1)
         grad, weight = grads[at["parameter"]], params[at["parameter"]]
         if grad is None or at["count"] == 0 or weight.numel() == 0:
@@ -195,7 +196,7 @@ def schedule(
     return Schedule(
         launches,
         library,
-        numbers(builder.axes, 3 * tables.AXIS_COLUMNS),
+        numbers(builder.axes, 3 * AXIS_COLUMNS),
         numbers(builder.rows, len(tables.GROUP_COLUMNS)),
         plan.components.to(device),
         torch.empty(builder.partials, dtype=torch.float64, device=device),
@@ -421,7 +422,16 @@ def _cut(builder: _Builder, of: Member, piece: _Piece) -> None:
     builder.axes.append(piece.axes.numbers())
     row = of.row
     for index, (first, count, column) in enumerate(tiles):
-        tile = [of.at["parameter"], len(builder.axes) - 1, row, first, count, column, builder.partials + index, index == 0]
+        tile = [
+            of.at["parameter"],
+            len(builder.axes) - 1,
+            row,
+            first,
+            count,
+            column,
+            builder.partials + index,
+            index == 0,
+        ]
         (builder.several if measured else builder.alone).setdefault(piece.kernel, []).append([int(n) for n in tile])
     if measured:
         builder.rows[row][-2:] = [builder.partials, len(tiles)]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from manifold_kernels.triton.addressing import address, offsets
-from manifold_kernels.triton.arithmetic import divide, inverse_root, power_of_two, root
+from manifold_kernels.triton.arithmetic import inverse_root, power_of_two, root
 from manifold_kernels.triton.rows import broken, largest, piece
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
@@ -14,6 +14,7 @@ from manifold_kernels.triton.tables import (
     GROUP_FIRST,
     GROUP_HYPER,
     GROUP_WIDTH,
+    GUARD,
     HYPER_WIDTH,
     LR,
     MOMENTUM,
@@ -27,13 +28,25 @@ from manifold_kernels.triton.tables import (
     TILE_PARAMETER,
     TILE_WIDTH,
     WEIGHT,
-    GUARD,
     WEIGHT_DECAY,
 )
 
 
 @triton.jit
-def moved(w, g, u, push, inverse_g, carry, keep, size, inverse_size, STORE: tl.constexpr, COMPUTE: tl.constexpr, BUFFERED: tl.constexpr):
+def moved(
+    w,
+    g,
+    u,
+    push,
+    inverse_g,
+    carry,
+    keep,
+    size,
+    inverse_size,
+    STORE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BUFFERED: tl.constexpr,
+):
     """The next w and u, both divided by the power of two ``size``, and u as it is stored."""
     next_u = tl.fma(g * inverse_g[:, None], -push[:, None], u * inverse_size[:, None] * carry)
     stored = (next_u * size[:, None]).to(STORE)
@@ -99,8 +112,23 @@ def step(
     top_u = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         bad = tl.maximum(bad, tl.maximum(broken(w), tl.maximum(broken(g), broken(u))))
         top_w = tl.maximum(top_w, largest(w))
@@ -111,8 +139,23 @@ def step(
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q = w * inverse_w[:, None]
         square += tl.sum(q * q, 1)
@@ -126,7 +169,7 @@ def step(
     else:
         keep = tl.full((LANES,), 1.0, COMPUTE)
     far = tl.maximum(tl.maximum(top_w, top_u).to(tl.float64), push * top_g.to(tl.float64))
-    LIMIT: tl.constexpr = 2.0**500 if COMPUTE == tl.float64 else 2.0**60
+    LIMIT: tl.constexpr = 2.0**500 if tl.float64 == COMPUTE else 2.0**60
     wide_size, _ = power_of_two(tl.minimum(tl.where(far < LIMIT, 1.0, far), LIMIT * LIMIT * 16))
     size = wide_size.to(COMPUTE)
     inverse_size = (1.0 / wide_size).to(COMPUTE)
@@ -135,10 +178,27 @@ def step(
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
-        w, u, stored = moved(w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED)
+        w, u, stored = moved(
+            w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
+        )
         square += tl.sum(w * w, 1)
         if BUFFERED:
             bad = tl.maximum(bad, broken(stored.to(COMPUTE)))
@@ -147,18 +207,52 @@ def step(
     back = tl.where(guarded, inverse_root(square), size)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
-        w, u, stored = moved(w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED)
+        w, u, stored = moved(
+            w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
+        )
         bad = tl.maximum(bad, broken((w * back[:, None]).to(STORE).to(COMPUTE)))
     ok = inside & (bad == 0)
     for k in range(BLOCKS):
         w, g, u, ow, om, mask = piece(
-            own_axes, k, weights, grads, buffers, at_lane, inside, first_step,
-            N, BLOCK, COMPUTE, BUFFERED, MAXIMIZE, SAME, RUN, ALIGN, DIMS_1,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
-        w, u, stored = moved(w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED)
+        w, u, stored = moved(
+            w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
+        )
         tl.store(weights + ow, (w * back[:, None]).to(STORE), mask=mask & ok[:, None])
         if BUFFERED:
             tl.store(buffers + om, (u * back[:, None]).to(STORE), mask=mask & ok[:, None])

@@ -1,4 +1,4 @@
-"""``||W||_F = s``, in units of s: points q, ambient d, tangent xi, on tuples of lanes; arcs serve vectors of any length."""
+"""``||W||_F = s``, in units of s: points q, ambient d, tangent xi on tuples of lanes; arcs are for all vectors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exp(step, square):
 
 @triton.jit
 def cayley(step, square):
-    """The Cayley transform of a single column: a turn by ``2 atan(||v||/2)``, ``a = 1 - t``, ``b = step``, t = ||v||^2/4."""
+    """The Cayley transform of a single column, a turn by ``2 atan(||v||/2)``: ``a = 1 - ||v||^2/4``, ``b = step``."""
     half = step * root(square) * 0.5
     return 1.0 - half * half, step + square * 0.0
 

@@ -58,9 +58,7 @@ def write_norm(square, here, group, norms, THROUGH: tl.constexpr):
 
 
 @triton.jit
-def write_norms(
-    square, ok, position, inside, tile, group, norms, INDIVIDUAL: tl.constexpr, THROUGH: tl.constexpr
-):
+def write_norms(square, ok, position, inside, tile, group, norms, INDIVIDUAL: tl.constexpr, THROUGH: tl.constexpr):
     """R of the group, or of every component, NaN for those that do not step."""
     if INDIVIDUAL:
         at = norms + tl.load(group + GROUP_NORM) + position

@@ -90,9 +90,9 @@ def retract_cayley(q, xi, step, square, N: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def retract_exp(q, xi, step, square, N: tl.constexpr, P: tl.constexpr):
-    """``[q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A)``, ``A = q^T X`` (Edelman et al. 1998, Eq. 2.7), ``X = step xi``.
+    """``[q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A)``, ``A = q^T X``, ``X = step xi`` (Edelman et al. 1998).
 
-    Only the exponentials' products with the identity are formed, ``[u; v/sigma]`` and f, in steps of norm at most 1/2 by
+    Only the exponentials' products with the identity are formed, ``[u; v/sigma]`` and f, in steps of norm <= 1/2 by
     Taylor polynomials, ``sigma = ||X||_F`` balancing the blocks. The remainder after degree d is below
     (1/2)^{d+1}/(d+1)!, under the rounding of the type for d = 8 and 14. A lane takes as many steps as it needs.
     """

@@ -1,4 +1,4 @@
-"""Which Triton is there, and whether its interpreter stands in for a GPU. Does not import Triton, which takes a while."""
+"""Which Triton is there, and whether its interpreter is to stand in for a GPU; without importing Triton."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from importlib import metadata
 
 #: The versions that the kernels are tested with, the last one excluded.
 OLDEST, BEYOND = "3.6", "3.9"
-
-#: Triton decides when kernels are defined whether they are compiled or interpreted.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def interpreted() -> bool:

@@ -99,7 +99,9 @@ def worst(x):
 
 
 @triton.jit
-def point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE: tl.constexpr, BUFFERED: tl.constexpr, NESTEROV: tl.constexpr):
+def point_and_direction(
+    w, g, m, ok, unit, inverse_c, h, COMPUTE: tl.constexpr, BUFFERED: tl.constexpr, NESTEROV: tl.constexpr
+):
     """q and d of the step, zero where a component does not move."""
     theta, _ = sgd.coefficients(h, COMPUTE)
     d = sgd.direction(g, m.to(COMPUTE), theta, inverse_c[:, None, None], BUFFERED, NESTEROV)
@@ -166,7 +168,9 @@ def step(
         component = tl.load(components + start + position, mask=inside, other=0).to(tl.int32)
     else:
         component = start.to(tl.int32) + position
-    s = tl.load(scales + tl.load(group + GROUP_SCALE) + position * tl.load(group + GROUP_SCALE_STRIDE), mask=inside, other=1.0)
+    s = tl.load(
+        scales + tl.load(group + GROUP_SCALE) + position * tl.load(group + GROUP_SCALE_STRIDE), mask=inside, other=1.0
+    )
     column = tl.load(tile + TILE_COLUMN).to(tl.int32) + tl.arange(0, COLUMNS)
     inside_columns = inside[:, None] & (column < P)[None, :]
 
@@ -181,8 +185,28 @@ def step(
     bad = tl.zeros((LANES,), tl.int32)
     for k in range(BLOCKS):
         w, g, m, ow, om, mask = piece(
-            tile, own_axes, k, weights, grads, buffers, at_lane, at_column, inside_columns, h, first_step,
-            N, BLOCK, STORE, COMPUTE, BUFFERED, MAXIMIZE, DECAY, SAME, RUN, ALIGN, DIMS_1,
+            tile,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            at_column,
+            inside_columns,
+            h,
+            first_step,
+            N,
+            BLOCK,
+            STORE,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            DECAY,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         unbroken = finite(w) & finite(g) & finite(m.to(COMPUTE))
         bad = tl.maximum(bad, worst((~unbroken).to(tl.int32)))
@@ -199,16 +223,56 @@ def step(
     if not FLAT:
         for k in range(BLOCKS):
             w, g, m, ow, om, mask = piece(
-                tile, own_axes, k, weights, grads, buffers, at_lane, at_column, inside_columns, h, first_step,
-                N, BLOCK, STORE, COMPUTE, BUFFERED, MAXIMIZE, DECAY, SAME, RUN, ALIGN, DIMS_1,
+                tile,
+                own_axes,
+                k,
+                weights,
+                grads,
+                buffers,
+                at_lane,
+                at_column,
+                inside_columns,
+                h,
+                first_step,
+                N,
+                BLOCK,
+                STORE,
+                COMPUTE,
+                BUFFERED,
+                MAXIMIZE,
+                DECAY,
+                SAME,
+                RUN,
+                ALIGN,
+                DIMS_1,
             )
             q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
             along += tl.sum(q * d, 2)
     squares = tl.zeros((LANES, COLUMNS), COMPUTE)
     for k in range(BLOCKS):
         w, g, m, ow, om, mask = piece(
-            tile, own_axes, k, weights, grads, buffers, at_lane, at_column, inside_columns, h, first_step,
-            N, BLOCK, STORE, COMPUTE, BUFFERED, MAXIMIZE, DECAY, SAME, RUN, ALIGN, DIMS_1,
+            tile,
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            at_column,
+            inside_columns,
+            h,
+            first_step,
+            N,
+            BLOCK,
+            STORE,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            DECAY,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
         )
         q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
         xi = tl.fma(-along[:, :, None], q, d)
@@ -237,8 +301,28 @@ def step(
         bad = tl.zeros((LANES,), tl.int32)
         for k in range(BLOCKS):
             w, g, m, ow, om, mask = piece(
-                tile, own_axes, k, weights, grads, buffers, at_lane, at_column, inside_columns, h, first_step,
-                N, BLOCK, STORE, COMPUTE, BUFFERED, MAXIMIZE, DECAY, SAME, RUN, ALIGN, DIMS_1,
+                tile,
+                own_axes,
+                k,
+                weights,
+                grads,
+                buffers,
+                at_lane,
+                at_column,
+                inside_columns,
+                h,
+                first_step,
+                N,
+                BLOCK,
+                STORE,
+                COMPUTE,
+                BUFFERED,
+                MAXIMIZE,
+                DECAY,
+                SAME,
+                RUN,
+                ALIGN,
+                DIMS_1,
             )
             q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
             y = tl.fma(b[:, :, None], tl.fma(-along[:, :, None], q, d), a[:, :, None] * q)
@@ -254,8 +338,28 @@ def step(
             size = size * inverse_root(lengths)
         for k in range(BLOCKS):
             w, g, m, ow, om, mask = piece(
-                tile, own_axes, k, weights, grads, buffers, at_lane, at_column, inside_columns, h, first_step,
-                N, BLOCK, STORE, COMPUTE, BUFFERED, MAXIMIZE, DECAY, SAME, RUN, ALIGN, DIMS_1,
+                tile,
+                own_axes,
+                k,
+                weights,
+                grads,
+                buffers,
+                at_lane,
+                at_column,
+                inside_columns,
+                h,
+                first_step,
+                N,
+                BLOCK,
+                STORE,
+                COMPUTE,
+                BUFFERED,
+                MAXIMIZE,
+                DECAY,
+                SAME,
+                RUN,
+                ALIGN,
+                DIMS_1,
             )
             q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
             y = tl.fma(b[:, :, None], tl.fma(-along[:, :, None], q, d), a[:, :, None] * q)
