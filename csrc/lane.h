@@ -39,13 +39,6 @@ MK_FN float sqrt(float x) { return __builtin_sqrtf(x); }
 MK_FN double sqrt(double x) { return __builtin_sqrt(x); }
 MK_FN long double sqrt(long double x) { return __builtin_sqrtl(x); }
 
-MK_FN float sin(float x) { return __builtin_sinf(x); }
-MK_FN double sin(double x) { return __builtin_sin(x); }
-MK_FN long double sin(long double x) { return __builtin_sinl(x); }
-MK_FN float cos(float x) { return __builtin_cosf(x); }
-MK_FN double cos(double x) { return __builtin_cos(x); }
-MK_FN long double cos(long double x) { return __builtin_cosl(x); }
-
 MK_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 MK_FN double select(bool mask, double a, double b) { return mask ? a : b; }
 MK_FN long double select(bool mask, long double a, long double b) { return mask ? a : b; }

@@ -90,7 +90,7 @@ class Elements {
     return {square.value(), off.value() == 0};
   }
 
-  __attribute__((noinline)) void move(const Span& span, int64_t begin, int64_t end, double step) const {
+  MK_FN void move(const Span& span, int64_t begin, int64_t end, double step) const {
     const R minus_step = R(-step);
     each<true>(span, begin, end, [&](auto& w, auto g, auto& m) {
       using V = std::remove_reference_t<decltype(w)>;

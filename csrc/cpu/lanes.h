@@ -15,45 +15,6 @@ namespace mk {
 namespace MK_ISA {
 namespace {
 
-// One component in the next wider type. `second`: the buffer is stored already. `step`: lr/tau, or null to take it from
-// the component's own norm, or NaN to stop after the momentum. Returns ||xi||^2, or -1 where the component is left as
-// it is.
-template <class R, class Map>
-__attribute__((noinline)) double alone(const Job& job, int64_t k, bool second, const double* step) {
-  using Wide = typename StorageTraits<R>::Wide;
-  const Dynamic size{int(job.geometry->n), int(job.geometry->p)};
-  const int E = size.n * size.p;
-  const Momentum<R> momentum = momentum_of<R>(job);
-  const Momentum<Wide> wide = momentum_of<Wide>(job);
-  const int64_t weight = offset_of(*job.geometry, job.geometry->weight_stride, job.component(k));
-  const int64_t grad = offset_of(*job.geometry, job.geometry->grad_stride, job.component(k));
-  const Wide scale = Wide(job.scale(k));
-  Wide q[Dynamic::capacity], d[Dynamic::capacity], xi[Dynamic::capacity];
-  R buffer[Dynamic::capacity];
-  for (int e = 0; e < E; e++) {
-    const R gradient = momentum.gradient(R(0), get<R>(job.storage, job.grad, grad + job.grad_offset[e]));
-    const R old_weight = get<R>(job.storage, job.weight, weight + job.weight_offset[e]);
-    R stored = gradient;
-    if (momentum.buffered) {
-      const R old = second || !momentum.first ? get<R>(job.storage, job.momentum, weight + job.weight_offset[e]) : R(0);
-      stored = buffer[e] = second ? old : as_stored(job.storage, momentum.buffer(gradient, old));
-    }
-    const auto finite = [](R x) { return abs(x) <= Limits<R>::largest; };
-    if (!finite(gradient) || !finite(stored) || !finite(old_weight)) return -1;
-    d[e] = wide.direction(Wide(gradient), Wide(stored));
-    q[e] = Wide(old_weight) / scale;
-  }
-  const Wide square = Map::project(q, d, xi, size);
-  if (momentum.buffered && !second)
-    for (int e = 0; e < E; e++) set(job.storage, job.momentum, weight + job.weight_offset[e], buffer[e]);
-  const Wide length = step ? Wide(*step) : step_size_of<Wide>(job)(square);
-  if (length == length) {
-    Map::retract(q, xi, -length / scale, square, size);
-    for (int e = 0; e < E; e++) set(job.storage, job.weight, weight + job.weight_offset[e], R(q[e] * scale));
-  }
-  return double(square);
-}
-
 // The roots of up to N squares; a component that is left out of its tile gets its own later.
 template <class R>
 __attribute__((noinline)) void write_roots(const Pack<R>& square, int count, double* roots) {
@@ -345,10 +306,7 @@ class Lanes {
           if (!(out || far[i]) || (second && pass.skipped && pass.skipped[k + i])) continue;
           // A far component has its momentum already.
           const double stop = __builtin_nan("");
-          const double square = alone<R, Map>(job, k + i, second || far[i],
-                                              first    ? &stop
-                                              : second ? &pass.step
-                                                       : nullptr);
+          const double square = run_alone(job, k + i, second || far[i], first ? &stop : second ? &pass.step : nullptr);
           if (pass.kind == Pass::whole && job.norms)
             job.norms[k + i] = square >= 0 ? __builtin_sqrt(square) : __builtin_nan("");
           if (square >= 0) {

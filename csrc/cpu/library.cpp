@@ -58,9 +58,23 @@ void write_back(const Job& job, at::Tensor& tensor, const at::Tensor& which, con
 // overflow.
 constexpr double longest_step = 1e30, longest_turn = 64;
 
+// The polar factor by Newton-Schulz iteration, as in linalg/polar.h, where all matrices are near to orthonormal ones;
+// else by singular values.
 at::Tensor polar_factor(const at::Tensor& Y) {
+  const double epsilon = Y.scalar_type() == at::kDouble ? Limits<double>::epsilon : Limits<float>::epsilon;
+  const at::Tensor I = at::eye(Y.size(-1), Y.options());
+  const auto nearer = [](const at::Tensor& Z, const at::Tensor& D) { return Z + Z.matmul(D) / 2; };
+  at::Tensor Z = Y;
+  for (int step = 0; step < 10; step++) {
+    const at::Tensor D = I - Z.mT().matmul(Z);
+    const double off = D.square().sum({1, 2}).max().item<double>();
+    if (!(off < 1)) break;
+    Z = nearer(Z, D);
+    if (off <= epsilon * double(Y.size(-1))) return Z;
+  }
   const auto [U, S, Vh] = at::linalg_svd(Y, false);
-  return U.matmul(Vh);
+  Z = U.matmul(Vh);
+  return nearer(Z, I - Z.mT().matmul(Z));
 }
 
 // qf(Q + V). A Gram matrix of condition <= 1 + ||V||^2 makes a Cholesky factor as accurate as rotations as long as the
@@ -76,7 +90,16 @@ at::Tensor qf(const at::Tensor& Y, double longest) {
 }
 
 // The formulas of manifolds/stiefel.h on batches.
+at::Tensor turn_of(const at::Tensor& Q, const at::Tensor& V) {
+  const at::Tensor A = Q.mT().matmul(V);
+  return (A - A.mT()) / 2;
+}
+
 at::Tensor cayley(const at::Tensor& Q, const at::Tensor& V) {
+  if (Q.size(-1) == Q.size(-2)) {
+    const at::Tensor half = turn_of(Q, V) / 2, I = at::eye(Q.size(-1), Q.options());
+    return polar_factor(Q.matmul(at::linalg_solve(I - half, I + half)));
+  }
   const at::Tensor PV = V - Q.matmul(Q.mT().matmul(V)) / 2;
   const at::Tensor U = at::cat({PV, Q}, -1), Z = at::cat({Q, -PV}, -1);
   const at::Tensor K = at::eye(U.size(-1), U.options()) - Z.mT().matmul(U) / 2;
@@ -85,7 +108,8 @@ at::Tensor cayley(const at::Tensor& Q, const at::Tensor& V) {
 
 at::Tensor exponential(const at::Tensor& Q, const at::Tensor& V) {
   const int64_t p = Q.size(-1);
-  const at::Tensor QV = Q.mT().matmul(V), A = (QV - QV.mT()) / 2;
+  const at::Tensor A = turn_of(Q, V);
+  if (p == Q.size(-2)) return polar_factor(Q.matmul(at::linalg_matrix_exp(A)));
   const at::Tensor I = at::eye(p, Q.options()).expand_as(A);
   const at::Tensor block = at::cat({at::cat({A, -V.mT().matmul(V)}, -1), at::cat({I, A}, -1)}, -2);
   const at::Tensor E = at::linalg_matrix_exp(block).narrow(-1, 0, p);

@@ -45,7 +45,7 @@ struct StiefelMap {
   MK_FN static void retract(T* q, const T* xi, T step, T square, Size size) {
     if constexpr (Kind == Retraction::cayley || Kind == Retraction::exp) step = stiefel::cut(step, square);
     if constexpr (Kind == Retraction::qr) stiefel::retract_qr(q, xi, step, size);
-    if constexpr (Kind == Retraction::polar) stiefel::retract_polar(q, xi, step, size);
+    if constexpr (Kind == Retraction::polar) stiefel::retract_polar(q, xi, step, square, size);
     if constexpr (Kind == Retraction::cayley) stiefel::retract_cayley(q, xi, step, size);
     if constexpr (Kind == Retraction::exp) stiefel::retract_exp(q, xi, step, size);
   }

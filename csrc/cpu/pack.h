@@ -10,15 +10,15 @@
 #endif
 
 #include "lane.h"
+#include "linalg/sine.h"
 
 namespace mk {
 namespace MK_ISA {
 
 using mk::any;
-using mk::cos;
 using mk::fma;
 using mk::select;
-using mk::sin;
+using mk::sine_cosine;
 using mk::sqrt;
 
 #if defined(__AVX512F__)
@@ -98,8 +98,9 @@ template <class R>
 MK_FN Pack<R> sqrt(Pack<R> a) {
   [[maybe_unused]] constexpr bool single = sizeof(R) == 4;
 #if defined(__AVX512F__)
-  if constexpr (single) return Pack<R>(_mm512_sqrt_ps(a.v));
-  if constexpr (!single) return Pack<R>(_mm512_sqrt_pd(a.v));
+  // The forms without a mask have, in GCC 12, an operand that it takes for uninitialised.
+  if constexpr (single) return Pack<R>(_mm512_maskz_sqrt_ps(0xffff, a.v));
+  if constexpr (!single) return Pack<R>(_mm512_maskz_sqrt_pd(0xff, a.v));
 #elif defined(__AVX2__)
   if constexpr (single) return Pack<R>(_mm256_sqrt_ps(a.v));
   if constexpr (!single) return Pack<R>(_mm256_sqrt_pd(a.v));
@@ -110,20 +111,6 @@ MK_FN Pack<R> sqrt(Pack<R> a) {
   if constexpr (single) return Pack<R>(_mm_sqrt_ps(a.v));
   if constexpr (!single) return Pack<R>(_mm_sqrt_pd(a.v));
 #endif
-}
-
-// One angle per matrix: libm's accurate range reduction costs little beside the rest of an exponential map.
-template <class R>
-MK_FN Pack<R> sin(Pack<R> a) {
-  Pack<R> x;
-  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::sin(a.v[l]);
-  return x;
-}
-template <class R>
-MK_FN Pack<R> cos(Pack<R> a) {
-  Pack<R> x;
-  for (int l = 0; l < Pack<R>::lanes; l++) x.v[l] = mk::cos(a.v[l]);
-  return x;
 }
 
 template <class R>
@@ -143,6 +130,30 @@ MK_FN bool any(Mask<R> mask) {
   for (int l = 0; l < Pack<R>::lanes; l++) found |= mask.v[l] != 0;
   return found;
 #endif
+}
+
+// Doubles, and floats of many turns, one by one: float64 is for checking.
+template <class R>
+__attribute__((noinline)) void sine_cosine_by_libm(Pack<R> x, Mask<R> which, SineCosine<Pack<R>>* at) {
+  for (int l = 0; l < Pack<R>::lanes; l++) {
+    if (!which.v[l]) continue;
+    const SineCosine<R> one = mk::sine_cosine(R(x.v[l]));
+    at->sine.v[l] = one.sine;
+    at->cosine.v[l] = one.cosine;
+  }
+}
+template <class R>
+MK_FN SineCosine<Pack<R>> sine_cosine(Pack<R> x) {
+  if constexpr (sizeof(R) == 4) {
+    SineCosine<Pack<R>> at = sine_cosine_of_floats(x);
+    const auto far = !(abs(x) <= Pack<R>(longest_float_angle));
+    if (any(far)) sine_cosine_by_libm(x, far, &at);
+    return at;
+  } else {
+    SineCosine<Pack<R>> at;
+    sine_cosine_by_libm(x, !(x < x), &at);
+    return at;
+  }
 }
 
 // Halves of a register of floats as doubles.

@@ -17,7 +17,11 @@ struct Pass {
 
 // The compilations of lanes.h: sizes known to the compiler, and any size.
 bool run_fixed_size(const Job&, const Pass&);  // false: no such size
+bool run_fixed_size_other(const Job&, const Pass&);
 void run_any_size(const Job&, const Pass&);
+
+// Component k in the next wider type (alone.h).
+double run_alone(const Job&, int64_t k, bool second, const double* step);
 
 }  // namespace MK_ISA
 }  // namespace mk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lane.h"
+#include "linalg/sine.h"
 
 namespace mk::grassmann {
 
@@ -17,10 +18,11 @@ template <class R>
 struct Geodesic {
   R cosine, along, turn;
   Geodesic(R norm, R factor) {
-    const R angle = abs(factor) * norm, sine = sin(angle);
-    cosine = cos(angle);
-    along = factor * (angle > R(0) ? sine / angle : R(1));
-    turn = (factor < R(0) ? -norm : norm) * sine;
+    const R angle = abs(factor) * norm;
+    const SineCosine<R> at = sine_cosine(angle);
+    cosine = at.cosine;
+    along = factor * (angle > R(0) ? at.sine / angle : R(1));
+    turn = (factor < R(0) ? -norm : norm) * at.sine;
   }
 };
 

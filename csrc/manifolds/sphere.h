@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lane.h"
+#include "linalg/sine.h"
 #include "linalg/small_matrix.h"
 
 namespace mk::sphere {
@@ -30,8 +31,9 @@ MK_FN Arc<T> exp(T step, T square) {
   const T norm = sqrt(square);
   const T angle = abs(step) * norm;
   const auto zero = !(norm > T(0));
-  const T sine = sin(angle) / select(zero, T(1), norm);
-  return {cos(angle), select(zero, step, select(step < T(0), -sine, sine))};
+  const SineCosine<T> at = sine_cosine(angle);
+  const T along = at.sine / select(zero, T(1), norm);
+  return {at.cosine, select(zero, step, select(step < T(0), -along, along))};
 }
 
 // Projection of m (length k, elements `stride` apart) and ||xi||^2.

@@ -3,7 +3,8 @@
 
 #include "linalg/expm.h"
 #include "linalg/givens.h"
-#include "linalg/jacobi.h"
+#include "linalg/polar.h"
+#include "linalg/skew.h"
 #include "linalg/small_matrix.h"
 
 namespace mk::stiefel {
@@ -41,36 +42,68 @@ MK_FN void retract_qr(T* Q, const T* xi, T step, Size size) {
   givens_qf(Y, Q, size);
 }
 
-// Q <- Y (Y^T Y)^{-1/2}, Y = Q + step xi
+// Q <- Y (Y^T Y)^{-1/2}, Y = Q + step xi; square = ||xi||^2.
+//
+// The singular values of Y lie between 1 and sqrt(1 + k), k = ||step xi||^2: divided by the root of 1 + k/2, their
+// squares lie about 1 (at most k/(k + 2) away), where the iteration for the polar factor converges fastest.
 template <class T, class Size>
-MK_FN void retract_polar(T* Q, const T* xi, T step, Size size) {
+MK_FN void retract_polar(T* Q, const T* xi, T step, T square, Size size) {
   T Y[Size::capacity];
-  for (int e = 0; e < size.n * size.p; e++) Y[e] = fma(step, xi[e], Q[e]);
-  jacobi_polar(Y, Q, size);
+  const T shrink = rsqrt(fma(T(0.5) * step * step, square, T(1))), length = shrink * step;
+  MK_UNROLL
+  for (int e = 0; e < size.n * size.p; e++) Y[e] = fma(length, xi[e], shrink * Q[e]);
+  nearest_orthonormal(Y, Q, size);
 }
 
-// Q <- the polar factor of Y, and Q as it was where Y is not finite (steps so long that a double cannot hold their
-// square). Cayley and exp only move Q by an orthogonal factor, so without it the rounding errors of all steps would add
-// up.
-template <class T, class Size>
-MK_FN void land(T* Y, T* Q, Size size) {
-  const int count = size.n * size.p;
-  const auto finite = square_norm(Y, count) < T(Limits<Real<T>>::huge_square);
-  for (int e = 0; e < count; e++) Y[e] = select(finite, Y[e], Q[e]);
-  jacobi_polar(Y, Q, size);
-}
-
-// Cayley and exp solve or square their way along the whole arc, and lose it in rounding where it is very long: at
-// ||V|| = 64, ten turns, they stop.
+// Cayley and exp turn Q by an orthogonal factor. They solve or square their way along the whole arc, and lose it in
+// rounding where it is very long: at ||V|| = 64, ten turns, they stop. Both end on the nearest orthonormal matrix, or
+// the rounding errors of all steps would add up.
 template <class T>
 MK_FN T cut(T step, T square) {
-  const T length = abs(step) * sqrt(square), longest = T(64);
-  return select(length > longest, step * (longest / length), step);
+  const T longest = T(64);
+  const auto longer = step * step * square > longest * longest;
+  return any(longer) ? select(longer, step * (longest / (abs(step) * sqrt(square))), step) : step;
+}
+
+// A = the skew part of step Q^T xi (p x p), all of it for a tangent xi but for rounding, which is a large part where Q
+// was stored in 16 bits.
+template <class T, class Size>
+MK_FN void turn_of(const T* Q, const T* xi, T step, T* A, Size size) {
+  const int n = size.n, p = size.p;
+  const T half = T(0.5) * step;
+  MK_UNROLL
+  for (int i = 0; i < p; i++) {
+    A[i * p + i] = T(0);
+    MK_UNROLL
+    for (int j = i + 1; j < p; j++) {
+      T above = Q[i] * xi[j], below = Q[j] * xi[i];
+      MK_UNROLL
+      for (int k = 1; k < n; k++) {
+        above = fma(Q[k * p + i], xi[k * p + j], above);
+        below = fma(Q[k * p + j], xi[k * p + i], below);
+      }
+      A[i * p + j] = half * (above - below);
+      A[j * p + i] = -A[i * p + j];
+    }
+  }
+}
+
+// Square matrices: all that a tangent vector does is to turn, xi = Q A, and the p x p rotation of A takes the place of
+// the formulas below.
+template <bool Exp, class T, class Size>
+MK_FN void retract_square(T* Q, const T* xi, T step, Size size) {
+  T A[Size::square_capacity], E[Size::square_capacity], Y[Size::capacity];
+  turn_of(Q, xi, step, A, size);
+  if constexpr (Exp) exp_skew(A, E, size);
+  if constexpr (!Exp) cayley_skew(A, E, size);
+  multiply(Q, E, Y, size.p, size.p, size.p);
+  nearest_orthonormal(Y, Q, size);
 }
 
 // Q <- Q + U (I - Z^T U / 2)^{-1} Z^T Q with P = I - Q Q^T / 2, U = [P X, Q], Z = [Q, -P X] (n x 2p), X = step xi.
 template <class T, class Size>
 MK_FN void retract_cayley(T* Q, const T* xi, T step, Size size) {
+  if (size.n == size.p) return retract_square<false>(Q, xi, step, size);
   const int n = size.n, p = size.p, m = 2 * p;
   T X[Size::capacity], A[Size::square_capacity], PX[Size::capacity];
   for (int e = 0; e < n * p; e++) X[e] = step * xi[e];
@@ -94,26 +127,21 @@ MK_FN void retract_cayley(T* Q, const T* xi, T step, Size size) {
   givens_solve(K, B, m, p);
   multiply(U, B, PX, n, m, p);
   for (int e = 0; e < n * p; e++) PX[e] = Q[e] + PX[e];
-  land(PX, Q, size);
+  nearest_orthonormal(PX, Q, size);
 }
 
 // Q <- [Q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A), A = Q^T X, X = step xi (Edelman, Arias & Smith 1998,
 // section 2.2.2, Euclidean metric).
 template <class T, class Size>
 MK_FN void retract_exp(T* Q, const T* xi, T step, Size size) {
+  if (size.n == size.p) return retract_square<true>(Q, xi, step, size);
   const int n = size.n, p = size.p, m = 2 * p;
   T X[Size::capacity], A[Size::square_capacity], S[Size::square_capacity];
   // Projected once more: the exponential grows with what is symmetric in A, which is not only rounding where Q was
   // stored in 16 bits.
   project(Q, xi, X, size);
+  turn_of(Q, X, step, A, size);
   for (int e = 0; e < n * p; e++) X[e] = step * X[e];
-  multiply_tn(Q, X, A, n, p, p);
-  for (int i = 0; i < p; i++)
-    for (int j = 0; j <= i; j++) {
-      const T skew = T(0.5) * (A[i * p + j] - A[j * p + i]);
-      A[i * p + j] = skew;
-      A[j * p + i] = -skew;
-    }
   multiply_tn(X, X, S, n, p, p);
   T block[Size::double_capacity], E[Size::double_capacity], work[Size::double_capacity];
   for (int i = 0; i < p; i++) {
@@ -136,7 +164,7 @@ MK_FN void retract_exp(T* Q, const T* xi, T step, Size size) {
     }
   }
   multiply(Y, F, X, n, p, p);
-  land(X, Q, size);
+  nearest_orthonormal(X, Q, size);
 }
 
 }  // namespace mk::stiefel

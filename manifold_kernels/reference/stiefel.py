@@ -100,10 +100,22 @@ def retr_polar(w: Tensor, v: Tensor, s: Radius) -> Tensor:
     return s * polar(w + v)
 
 
+def _turn(q: Tensor, x: Tensor) -> Tensor:
+    """The skew part of ``Q^T X``: all of it for a tangent X, but for rounding."""
+    a = q.mT @ x
+    return (a - a.mT) / 2
+
+
 @_tall
 def retr_cayley(w: Tensor, v: Tensor, s: Radius) -> Tensor:
-    """``s (I - B/2)^-1 (I + B/2) Q``, ``B = P X Q^T - Q X^T P``, ``P = I - Q Q^T/2``, by Woodbury's formula."""
+    """``s (I - B/2)^-1 (I + B/2) Q``, ``B = P X Q^T - Q X^T P``, ``P = I - Q Q^T/2``, by Woodbury's formula.
+
+    For square matrices ``X = Q A`` and ``B = Q A Q^T``, which leaves ``s Q (I - A/2)^-1 (I + A/2)``.
+    """
     q, x = w / s, v / s
+    if q.shape[-1] == q.shape[-2]:
+        a = _turn(q, x)
+        return s * _newton_schulz(q @ torch.linalg.solve(_eye(a) - a / 2, _eye(a) + a / 2))
     px = x - q @ (q.mT @ x) / 2
     u = torch.cat((px, q), -1)
     z = torch.cat((q, -px), -1)
@@ -113,11 +125,16 @@ def retr_cayley(w: Tensor, v: Tensor, s: Radius) -> Tensor:
 
 @_tall
 def expmap(w: Tensor, v: Tensor, s: Radius) -> Tensor:
-    """``s [Q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A)``, ``A = Q^T X`` (Edelman et al. 1998, Eq. 2.7)."""
-    # The formula grows exponentially with the symmetric part of A, which rounding of W to 16 bits makes large.
+    """``s [Q X] expm([[A, -X^T X], [I, A]]) [I; 0] expm(-A)``, ``A = Q^T X`` (Edelman et al. 1998, Eq. 2.7).
+
+    For square matrices ``X = Q A``, and the same geodesic is ``s Q expm(A)``.
+    """
     q = w / s
+    if q.shape[-1] == q.shape[-2]:
+        return s * _newton_schulz(q @ torch.linalg.matrix_exp(_turn(q, v / s)))
+    # The formula grows exponentially with the symmetric part of A, which rounding of W to 16 bits makes large.
     x = proj(q, v / s, 1.0)
-    a = q.mT @ x
+    a = _turn(q, x)
     one = _eye(a).expand_as(a)
     block = torch.cat((torch.cat((a, -x.mT @ x), -1), torch.cat((one, a), -1)), -2)
     left = torch.linalg.matrix_exp(block)[..., : a.shape[-1]]

@@ -4,40 +4,49 @@
 #pragma GCC optimize("O2")
 #endif
 
+#include "cpu/alone.h"
 #include "cpu/lanes.h"
 
 namespace mk {
 namespace MK_ISA {
 namespace {
 
-template <class R, class Map>
-void with_size(const Job& job, const Pass& pass) {
-  Lanes<R, Map, Dynamic>(job, Dynamic{int(job.geometry->n), int(job.geometry->p)}).run(pass);
+// f(map) with the map of the job's manifold and retraction.
+template <class F>
+auto with_map(const Job& job, const F& f) {
+  const bool exp = job.retraction == Retraction::exp;
+  if (job.manifold == ManifoldCode::sphere) return exp ? f(SphereMap<true>{}) : f(SphereMap<false>{});
+  if (job.manifold == ManifoldCode::oblique) return exp ? f(ObliqueMap<true>{}) : f(ObliqueMap<false>{});
+  switch (job.retraction) {
+    case Retraction::polar:
+      return f(StiefelMap<Retraction::polar>{});
+    case Retraction::cayley:
+      return f(StiefelMap<Retraction::cayley>{});
+    case Retraction::exp:
+      return f(StiefelMap<Retraction::exp>{});
+    default:
+      return f(StiefelMap<Retraction::qr>{});
+  }
 }
 
 template <class R>
-void with_map(const Job& job, const Pass& pass) {
-  const bool exp = job.retraction == Retraction::exp;
-  if (job.manifold == ManifoldCode::sphere)
-    return exp ? with_size<R, SphereMap<true>>(job, pass) : with_size<R, SphereMap<false>>(job, pass);
-  if (job.manifold == ManifoldCode::oblique)
-    return exp ? with_size<R, ObliqueMap<true>>(job, pass) : with_size<R, ObliqueMap<false>>(job, pass);
-  switch (job.retraction) {
-    case Retraction::polar:
-      return with_size<R, StiefelMap<Retraction::polar>>(job, pass);
-    case Retraction::cayley:
-      return with_size<R, StiefelMap<Retraction::cayley>>(job, pass);
-    case Retraction::exp:
-      return with_size<R, StiefelMap<Retraction::exp>>(job, pass);
-    default:
-      return with_size<R, StiefelMap<Retraction::qr>>(job, pass);
-  }
+void run_as(const Job& job, const Pass& pass) {
+  const Dynamic size{int(job.geometry->n), int(job.geometry->p)};
+  with_map(job, [&](auto map) { Lanes<R, decltype(map), Dynamic>(job, size).run(pass); });
 }
 
 }  // namespace
 
 void run_any_size(const Job& job, const Pass& pass) {
-  return job.storage == Storage::float64 ? with_map<double>(job, pass) : with_map<float>(job, pass);
+  return job.storage == Storage::float64 ? run_as<double>(job, pass) : run_as<float>(job, pass);
+}
+
+double run_alone(const Job& job, int64_t k, bool second, const double* step) {
+  return with_map(job, [&](auto map) {
+    using Map = decltype(map);
+    return job.storage == Storage::float64 ? alone<double, Map>(job, k, second, step)
+                                           : alone<float, Map>(job, k, second, step);
+  });
 }
 
 }  // namespace MK_ISA

@@ -1,0 +1,47 @@
+// The sizes of size.h, for the compilations of lanes.h that know them. In float arithmetic: float64 is for checking,
+// and would double the time of a build.
+#pragma once
+
+#include "cpu/lanes.h"
+
+namespace mk {
+namespace MK_ISA {
+namespace {
+
+// An x86-64 without AVX2 is to be right, not fast: a quarter of a build would go into it.
+#if defined(__x86_64__) && !defined(__AVX2__)
+constexpr bool has_fixed_sizes = false;
+#else
+constexpr bool has_fixed_sizes = true;
+#endif
+
+#define MK_RUN(N, P)                                   \
+  if (n == N && p == P) {                              \
+    Lanes<float, Map, Fixed<N, P>>(job, {}).run(pass); \
+    return true;                                       \
+  }
+
+// False where the job's size is none of MK_FIXED_SIZES.
+template <class Map>
+[[maybe_unused]] bool with_fixed_size([[maybe_unused]] const Job& job, [[maybe_unused]] const Pass& pass) {
+  if constexpr (has_fixed_sizes) {
+    const int n = int(job.geometry->n), p = int(job.geometry->p);
+    MK_FIXED_SIZES(MK_RUN)
+  }
+  return false;
+}
+
+// The same for MK_COMMON_SIZES.
+template <class Map>
+[[maybe_unused]] bool with_common_size([[maybe_unused]] const Job& job, [[maybe_unused]] const Pass& pass) {
+  if constexpr (has_fixed_sizes) {
+    const int n = int(job.geometry->n), p = int(job.geometry->p);
+    MK_COMMON_SIZES(MK_RUN)
+  }
+  return false;
+}
+#undef MK_RUN
+
+}  // namespace
+}  // namespace MK_ISA
+}  // namespace mk
