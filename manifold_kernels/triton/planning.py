@@ -338,7 +338,10 @@ def _lanes(of: Member, axes: Axes, n: int, p: int, retraction: str, longest: flo
         **_sgd(of, axes),
         "LANES": LANES,
     }
-    kernel = Kernel(lanes.step, tuple(constants.items()), 1 if vectorised else 4)
+    # Fewer matrices to a thread in 16 bits: what is computed in is wider than what is loaded.
+    kernel = Kernel(
+        lanes.step, tuple(constants.items()), 4 if not vectorised else 1 if of.weight.dtype.itemsize == 4 else 2
+    )
     return _Piece(kernel, axes, of.at["count"], LANES)
 
 
@@ -375,7 +378,7 @@ def _rows(of: Member, function: Any, axes: Axes, n: int, more: dict[str, Any]) -
     constants = {"N": n, **shared, **more, "LANES": per_tile, "BLOCK": block}
     if function is scale_invariant.step:
         constants["DECAY"] = of.decay
-    return _Piece(Kernel(function, tuple(constants.items()), _warps(per_tile * block)), axes, count, per_tile)
+    return _Piece(Kernel(function, tuple(constants.items()), _warps(2 * per_tile * block)), axes, count, per_tile)
 
 
 def _elements(of: Member, axes: Axes, size: int, whole: bool) -> _Piece:
