@@ -124,6 +124,8 @@ def step(
     s = tl.load(
         scales + tl.load(group + GROUP_SCALE) + position * tl.load(group + GROUP_SCALE_STRIDE), mask=inside, other=1.0
     )
+    if LONGEST == 0:
+        s = tl.full((LANES,), 1.0, tl.float64)  # the Euclidean space has no scale
 
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     grads = address(tensor + GRAD, STORE, RUN >= 0)

@@ -41,6 +41,11 @@ def _retract(name: str, q: Tensor, x: Tensor) -> Tensor:
         return basis * sign.unsqueeze(-2)
     if name == "polar":
         return _polar(q + x)
+    square = q.shape[-2] == q.shape[-1]
+    turn = _skew(q.mT @ x)
+    unit = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if name == "cayley" and square:
+        return _polar(q @ torch.linalg.solve_ex(unit - turn / 2, unit + turn / 2).result)
     if name == "cayley":
         px = x - q @ (q.mT @ x) / 2
         u, z = torch.cat((px, q), -1), torch.cat((q, -px), -1)
@@ -48,8 +53,9 @@ def _retract(name: str, q: Tensor, x: Tensor) -> Tensor:
         return _polar(q + u @ torch.linalg.solve_ex(one - z.mT @ u / 2, z.mT @ q).result)
     x = _project(q, x)
     a = _skew(q.mT @ x)
-    one = torch.eye(a.shape[-1], dtype=q.dtype, device=q.device).expand_as(a)
-    block = torch.cat((torch.cat((a, -x.mT @ x), -1), torch.cat((one, a), -1)), -2)
+    if square:
+        return _polar(q @ torch.linalg.matrix_exp(a))
+    block = torch.cat((torch.cat((a, -x.mT @ x), -1), torch.cat((unit.expand_as(a), a), -1)), -2)
     left = torch.linalg.matrix_exp(block)[..., : a.shape[-1]]
     return _polar(torch.cat((q, x), -1) @ left @ torch.linalg.matrix_exp(-a))
 

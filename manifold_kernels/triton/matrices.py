@@ -178,8 +178,15 @@ def inverse_minus_half(b):
 def retract_cayley(q, xi, step, N: tl.constexpr, P: tl.constexpr):
     """``(I - B/2)^{-1} (I + B/2) q``, ``B = P X q^T - q X^T P``, as :mod:`~manifold_kernels.triton.stiefel` has it."""
     x = step * xi
-    b = skew_product(x - 0.5 * product(q, gram(q, x)), q)
-    return polar(product(inverse_minus_half(b), q + 0.5 * product(b, q)), P)
+    if N == P:
+        a = gram(q, x)
+        a = 0.5 * (a - tl.trans(a))
+        one = identity(a.shape[0], P, a.dtype)
+        y = product(q, product(inverse_minus_half(a), one + 0.5 * a))
+    else:
+        b = skew_product(x - 0.5 * product(q, gram(q, x)), q)
+        y = product(inverse_minus_half(b), q + 0.5 * product(b, q))
+    return polar(y, P)
 
 
 @triton.jit
@@ -201,12 +208,16 @@ def retract_exp(q, xi, step, N: tl.constexpr, P: tl.constexpr):
         for k in range(1, DEGREE + 1):
             share = part / k
             du, dv = share * (product(a, du) - product(s, dv)), share * (product(a, dv) + sigma * du)
-            df = -share * product(a, df)
+            df = (share if N == P else -share) * product(a, df)
             u += du
             v += dv
             f += df
         turns -= 1.0
-    return polar(product(product(q, u) + product(x, v) * (1.0 / sigma), f), P)
+    if N == P:
+        y = product(q, f)
+    else:
+        y = product(product(q, u) + product(x, v) * (1.0 / sigma), f)
+    return polar(y, P)
 
 
 @triton.jit

@@ -78,9 +78,15 @@ def skew_product(x, q, N: tl.constexpr, P: tl.constexpr):
 def retract_cayley(q, xi, step, square, N: tl.constexpr, P: tl.constexpr):
     """``(I - B/2)^{-1} (I + B/2) q``, ``B = P X q^T - q X^T P``, ``P = I - q q^T/2``, ``X = step xi``.
 
-    It only moves q by an orthogonal factor; the polar factor keeps rounding errors of many steps from adding up.
+    It only moves q by an orthogonal factor; the polar factor keeps rounding errors of many steps from adding up. For
+    square matrices ``X = q A``, which leaves ``q (I - A/2)^{-1} (I + A/2)``.
     """
     x = scale(xi, step)
+    if N == P:
+        a = symmetric(multiply(transpose(q, N, P), x, P, N, P), P, -1)
+        one = identity(q[0], P)
+        turned = givens.solve(add_scaled(one, -0.5, a), add_scaled(one, 0.5, a), P, P)
+        return polar(multiply(q, turned, N, P, P), N, P)
     px = add_scaled(x, -0.5, multiply(q, multiply(transpose(q, N, P), x, P, N, P), N, P, P))
     b = skew_product(px, q, N, P)
     one = identity(q[0], N)
@@ -94,7 +100,8 @@ def retract_exp(q, xi, step, square, N: tl.constexpr, P: tl.constexpr):
 
     Only the exponentials' products with the identity are formed, ``[u; v/sigma]`` and f, in steps of norm <= 1/2 by
     Taylor polynomials, ``sigma = ||X||_F`` balancing the blocks. The remainder after degree d is below
-    (1/2)^{d+1}/(d+1)!, under the rounding of the type for d = 8 and 14. A lane takes as many steps as it needs.
+    (1/2)^{d+1}/(d+1)!, under the rounding of the type for d = 8 and 14. A lane takes as many steps as it needs. For square
+    matrices ``X = q A``, and the same geodesic is ``q expm(A)``.
     """
     DEGREE: tl.constexpr = 14 if q[0].dtype == tl.float64 else 8
     # Projected once more: what is symmetric in A, rounding above all, would grow with the exponential.
@@ -120,12 +127,14 @@ def retract_exp(q, xi, step, square, N: tl.constexpr, P: tl.constexpr):
                 scale(add_scaled(au, -1.0, multiply(s, dv, P, P, P)), share),
                 scale(add_scaled(multiply(a, dv, P, P, P), sigma, du), share),
             )
-            df = scale(multiply(a, df, P, P, P), -share)
+            df = scale(multiply(a, df, P, P, P), share if N == P else -share)
             new_u = add_scaled(new_u, 1.0, du)
             new_v = add_scaled(new_v, 1.0, dv)
             new_f = add_scaled(new_f, 1.0, df)
         still = done < turns
         u, v, f = select(still, new_u, u), select(still, new_v, v), select(still, new_f, f)
         done += 1.0
+    if N == P:
+        return polar(multiply(q, f, N, P, P), N, P)
     y = add_scaled(multiply(q, u, N, P, P), inverse, multiply(x, v, N, P, P))
     return polar(multiply(y, f, N, P, P), N, P)

@@ -171,6 +171,8 @@ def step(
     s = tl.load(
         scales + tl.load(group + GROUP_SCALE) + position * tl.load(group + GROUP_SCALE_STRIDE), mask=inside, other=1.0
     )
+    if LONGEST == 0:
+        s = tl.full((LANES,), 1.0, tl.float64)  # the Euclidean space has no scale
     column = tl.load(tile + TILE_COLUMN).to(tl.int32) + tl.arange(0, COLUMNS)
     inside_columns = inside[:, None] & (column < P)[None, :]
 
