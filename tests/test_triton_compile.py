@@ -42,7 +42,7 @@ def check(found: list[dict[str, Any]]) -> None:
     for row in found:
         assert row["spills"] == 0, row
         if row["kernel"].partition(",")[0] in FAST:
-            assert row["share"] >= 0.8, row
+            assert row["share"] >= 0.7, row
 
 
 def test_hopper() -> None:

@@ -100,7 +100,7 @@ def retract_exp(q, xi, step, square, N: tl.constexpr, P: tl.constexpr):
 
     Only the exponentials' products with the identity are formed, ``[u; v/sigma]`` and f, in steps of norm <= 1/2 by
     Taylor polynomials, ``sigma = ||X||_F`` balancing the blocks. The remainder after degree d is below
-    (1/2)^{d+1}/(d+1)!, under the rounding of the type for d = 8 and 14. A lane takes as many steps as it needs. For square
+    (1/2)^{d+1}/(d+1)!, under rounding for d = 8 and 14. Lanes take as many steps as they need. For square
     matrices ``X = q A``, and the same geodesic is ``q expm(A)``.
     """
     DEGREE: tl.constexpr = 14 if q[0].dtype == tl.float64 else 8
