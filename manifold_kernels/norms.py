@@ -190,7 +190,7 @@ def weight_norms(optimizer: ManifoldOptimizer) -> list[WeightNorms]:
     ([1.7321, 1.0, 3.0], True)
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = parameter_names(optimizer)
+    names = optimizer.parameter_names()
     plan = optimizer.plan
     own: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(plan.column("parameter").tolist(), plan.column("manifold").tolist(), strict=True)):
@@ -200,15 +200,6 @@ def weight_norms(optimizer: ManifoldOptimizer) -> list[WeightNorms]:
         for (position, code), rows in own.items()
         if plan.layout(rows[0]).view != "flat" and parameters[position].numel()
     ]
-
-
-def parameter_names(optimizer: ManifoldOptimizer) -> list[str]:
-    """The name of every parameter of ``optimizer``, or its position in words where none was given."""
-    names: list[str] = []
-    for index, group in enumerate(optimizer.param_groups):
-        known = group.get("param_names") or group.get("names")
-        names += known or [f"param group {index}, parameter {at}" for at in range(len(group["params"]))]
-    return names
 
 
 def _measured(plan: Plan, rows: list[int], position: int, name: str, manifold: str, weight: Tensor) -> WeightNorms:

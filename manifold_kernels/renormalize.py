@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from manifold_kernels.layers import LAYERS, layout
 from manifold_kernels.manifolds import MANIFOLDS, _Scaled
-from manifold_kernels.norms import parameter_names
 from manifold_kernels.optim import FGSGD
 from manifold_kernels.views import Layout, Shape, shape_of
 
@@ -318,7 +317,7 @@ def _weights(model: nn.Module, optimizer: FGSGD, momentum: float | None) -> dict
         variance = torch.ones(shape.inputs * groups, dtype=dtype, device=weight.device)
         seen = _Seen(weight.dim() - 2, momentum, variance)
         found[id(weight)] = name, _Weight(weight, read, shape, groups, seen)
-    names = parameter_names(optimizer)
+    names = optimizer.parameter_names()
     missing = [names[position] for position in layouts if id(parameters[position]) not in found]
     if missing:
         raise ValueError(

@@ -37,8 +37,14 @@ def test_psi_does_not_feel_the_scale_of_a_layer_and_sgd_does(monkeypatch: pytest
     assert errors["SGD 4096"] > errors["SGD 1"] + 5
 
 
-def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    exec(code, {})
+    first, collections = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(first, names)
     assert float(capsys.readouterr().out) < 1e-6
+    exec(collections, names)  # of the same model
+    assert (tmp_path / "results" / "pio.png").read_bytes().startswith(b"\x89PNG")

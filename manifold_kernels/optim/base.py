@@ -151,6 +151,14 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         """
         return int(self._nonfinite.sum())
 
+    def parameter_names(self) -> list[str]:
+        """The name of every parameter, or its position in words where none was given."""
+        names: list[str] = []
+        for index, group in enumerate(self.param_groups):
+            known = group.get("param_names") or group.get("names")  # torch's key, or that of param_groups
+            names += known or [f"param group {index}, parameter {at}" for at in range(len(group["params"]))]
+        return names
+
     # -- weights on their manifolds -----------------------------------------------------------------------------------
 
     def violation(self) -> float:
@@ -378,13 +386,13 @@ class ManifoldOptimizer(torch.optim.Optimizer):
 
     def _where(self, position: int) -> str:
         """The parameter at ``position`` in words."""
+        name, within = self.parameter_names()[position], position
         for index, group in enumerate(self.param_groups):
-            if position < len(group["params"]):
-                names = group.get("param_names") or group.get("names")  # torch's key, or that of param_groups
-                name = f" ({names[position]})" if names else ""
-                shape = tuple(group["params"][position].shape)
-                return f"param group {index}, parameter {position}{name} of shape {shape}"
-            position -= len(group["params"])
+            if within < len(group["params"]):
+                where = f"param group {index}, parameter {within}"
+                named = "" if name == where else f" ({name})"
+                return f"{where}{named} of shape {tuple(group['params'][within].shape)}"
+            within -= len(group["params"])
         raise IndexError(position)
 
     # -- saving and copying -------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Diagnostics:
         """Median and largest R and tau of every parameter on each of its manifolds, and how many groups were bounded.
 
         Args:
-            names: the parameters' names, in the optimizer's order.
+            names: the parameters' names, ``optimizer.parameter_names()``.
         """
         table = Table("parameter", "manifold", title="step sizes", caption="bounded: groups with tau > 1")
         for heading in ("groups", "R median", "R largest", "tau median", "tau largest", "bounded"):
