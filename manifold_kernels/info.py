@@ -66,5 +66,11 @@ def same_release(one: str, other: str) -> bool:
 
 
 def backends() -> dict[str, str]:
-    """Every backend with ``"ready"`` or the reason why it cannot be used here."""
-    return {name: reason or "ready" for name, reason in ops.backends().items()}
+    """Every backend with ``"ready"`` or the reason why it cannot be used here, and what ``"auto"`` means."""
+    chosen = ", ".join(
+        f"{ops.automatic(device)} for parameters on {where}"
+        for device, where in (("cpu", "the CPU"), ("cuda", "a GPU"))
+    )
+    if "MANIFOLD_KERNELS_BACKEND" in os.environ:
+        chosen += " (MANIFOLD_KERNELS_BACKEND says so)"
+    return {**{name: reason or "ready" for name, reason in ops.backends().items()}, "auto": chosen}

@@ -37,6 +37,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from manifold_kernels.triton import support
+
 SCHEMA = (
     "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
     "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None) -> ()"
@@ -99,19 +101,24 @@ def _warn_reference() -> None:
 
 def backends() -> dict[str, str | None]:
     """Every backend, with the reason why it cannot be used here (``None``: it can)."""
-    return {"cpu": extension_error(), "reference": None}
+    return {"triton": support.missing(torch.cuda.is_available()), "cpu": extension_error(), "reference": None}
+
+
+def automatic(device_type: str) -> str:
+    """The backend that ``"auto"`` means: ``MANIFOLD_KERNELS_BACKEND``, or the fastest one for parameters there."""
+    if (chosen := os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto")) != "auto":
+        return chosen
+    fastest = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+    return "reference" if backends()[fastest] is not None else fastest
 
 
 def resolve(backend: str, device: torch.device) -> Step:
     """The step of ``backend`` (``"auto"``: ``MANIFOLD_KERNELS_BACKEND`` or the fastest for ``device``)."""
     known = backends()
     if backend == "auto":
-        backend = os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto")
-    if backend == "auto":
-        backend = "cpu" if device.type == "cpu" else "reference"
-        if known[backend] is not None:
+        backend = automatic(device.type)
+        if backend == "reference" and device.type == "cpu" and known["cpu"] is not None:
             _warn_reference()
-            backend = "reference"
     if backend not in known:
         raise ValueError(f"backend: wanted 'auto' or one of {list(known)}, got {backend!r}.")
     if known[backend] is not None:
@@ -120,6 +127,15 @@ def resolve(backend: str, device: torch.device) -> Step:
         from manifold_kernels.reference import step_
 
         return step_
+    if backend == "triton":
+        if device.type != "cuda" and not (device.type == "cpu" and support.interpreted()):
+            raise ValueError(
+                f"backend: 'triton' needs parameters on a GPU, got {device}. Move them there, or set TRITON_INTERPRET=1"
+                " before Python starts, which interprets it on the CPU, slowly."
+            )
+        from manifold_kernels.triton.launch import step_ as triton_step
+
+        return triton_step
     if device.type != "cpu":
         raise ValueError(f"backend: {backend!r} needs parameters on the CPU, got {device}. Use backend='reference'.")
     step: Step = torch.ops.manifold_kernels.step_.default

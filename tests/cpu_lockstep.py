@@ -184,7 +184,7 @@ def assert_same_bits(run: Run, other: Run) -> None:
         assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs), name
 
 
-def check(case: Case, steps: int = 3) -> float:
+def check(case: Case, steps: int = 3, step: Step = compiled) -> float:
     """Step both backends and compare weights, states and R; returns the largest error in units of its bound."""
     run = start([case.weight], case.groups, [case.hyper], fill=math.nan)
     run.params[0] = case.weight
@@ -196,8 +196,8 @@ def check(case: Case, steps: int = 3) -> float:
         before, expected, measured = clone(run), clone(run), clone(run)
         norms, norms_expected = (torch.zeros(sum(norm_counts(plan)), dtype=torch.float64) for _ in range(2))
         call(reference.step_, expected, [grad], plan, table, norms_expected)
-        call(compiled, run, [grad], plan, table)
-        call(compiled, measured, [grad], plan, table, norms)
+        call(step, run, [grad], plan, table)
+        call(step, measured, [grad], plan, table, norms)
         assert_same_bits(run, measured)
         assert torch.equal(run.steps, expected.steps) and torch.equal(run.nonfinite, expected.nonfinite)
         each_norm = zip(norms.split(norm_counts(plan)), norms_expected.split(norm_counts(plan)), strict=True)

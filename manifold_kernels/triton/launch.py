@@ -1,0 +1,224 @@
+"""The operator: tables refreshed, kernels launched, one after the other on the current stream."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manifold_kernels.plan import HYPER_COLUMNS, Plan
+from manifold_kernels.triton import library
+from manifold_kernels.triton.planning import INTERPRETED, RETRACTION_NAMES, Launch, Member, Schedule, schedule
+
+#: Options of every compilation: what is fused is written as fma, so that a new compiler does not change results.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+
+if INTERPRETED:
+    from manifold_kernels.triton import interpreter
+
+    interpreter.teach()
+
+_SCHEDULES: OrderedDict[Hashable, tuple[Schedule, tuple[Tensor, ...]]] = OrderedDict()
+_KEPT = 16
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Tensor,
+    nonfinite: Tensor,
+    groups: Tensor,
+    components: Tensor,
+    scales: Tensor,
+    hyper: Tensor,
+    norms: Tensor | None = None,
+    /,
+) -> None:
+    """One step of everything that the plan ``(groups, components, scales)`` covers; ``ops.py`` has the arguments."""
+    if params:
+        _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, False)
+    taken = torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
+    steps += taken
+
+
+def warm_up(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Tensor,
+    nonfinite: Tensor,
+    groups: Tensor,
+    components: Tensor,
+    scales: Tensor,
+    hyper: Tensor,
+    norms: Tensor | None = None,
+    /,
+) -> None:
+    """Compile what a step with these arguments needs, without taking it."""
+    if params:
+        _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, True)
+
+
+def _run(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Tensor,
+    nonfinite: Tensor,
+    plan: Plan,
+    hyper: Tensor,
+    norms: Tensor | None,
+    only_compile: bool,
+) -> None:
+    device = params[0].device
+    _check(params, grads, momenta)
+    what = _schedule(plan, params, grads, momenta, hyper, norms is not None)
+    addresses = _addresses(params, grads, momenta, variances, steps)
+    counts = nonfinite if nonfinite.device == device else torch.zeros_like(nonfinite, device=device)
+    measured = None
+    if norms is not None:
+        measured = torch.full(norms.shape, float("nan"), dtype=torch.float64, device=device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        arguments = (
+            addresses.to(device, non_blocking=True),
+            what.axes,
+            what.groups,
+            what.components,
+            plan.scales.to(device, non_blocking=True),
+            hyper.to(device, non_blocking=True),
+            what.partials,
+            what.totals,
+            measured if measured is not None else what.totals,
+            counts,
+        )
+        for launch in what.launches:
+            _launch(launch, what, arguments, only_compile)
+    if only_compile:
+        return
+    for member in what.library:
+        _by_library(member, plan, hyper, grads, params, momenta, steps, counts, measured)
+    if counts is not nonfinite:
+        nonfinite += counts.to(nonfinite.device)
+    if norms is not None and measured is not None:
+        norms.copy_(measured)
+
+
+def _by_library(
+    planned: Member,
+    plan: Plan,
+    hyper: Tensor,
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    steps: Tensor,
+    counts: Tensor,
+    norms: Tensor | None,
+) -> None:
+    at, parameter = planned.at, planned.at["parameter"]
+    grad, weight = grads[parameter], params[parameter]
+    assert grad is not None  # else it is not in the schedule
+    # The schedule outlives the tensors that it was made from.
+    of = replace(planned, weight=weight, grad=grad, momentum=momenta[parameter] if planned.buffered else weight)
+    size = at["count"] if of.individual else 1
+    library.step(
+        of,
+        dict(zip(HYPER_COLUMNS, hyper[at["hyper"]].tolist(), strict=True)),
+        plan.members(of.row).to(weight.device),
+        plan.scale(of.row),
+        RETRACTION_NAMES[at["retraction"]],
+        int(steps[parameter]) == 0,
+        counts,
+        None if norms is None else norms[of.first_norm : of.first_norm + size],
+    )
+
+
+def _launch(launch: Launch, what: Schedule, arguments: tuple[Tensor, ...], only_compile: bool) -> None:
+    kernel, constants = launch.kernel.function, dict(launch.kernel.constants)
+    given = (what.groups, what.partials, what.totals, launch.tiles) if launch.sums else (launch.tiles, *arguments)
+    options = {} if INTERPRETED else {**OPTIONS, "num_warps": launch.kernel.warps}
+    if only_compile:
+        kernel.warmup(*given, **constants, **options, grid=(launch.programs,))
+    else:
+        with np.errstate(all="ignore") if INTERPRETED else nullcontext():
+            kernel[(launch.programs,)](*given, **constants, **options)
+
+
+def _addresses(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Tensor,
+) -> Tensor:
+    rows = [
+        (param.data_ptr(), 0 if grad is None else grad.data_ptr(), momentum.data_ptr(), variance.data_ptr(), taken)
+        for param, grad, momentum, variance, taken in zip(
+            params, grads, momenta, variances, steps.tolist(), strict=True
+        )
+    ]
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory() if params[0].device.type == "cuda" else table
+
+
+def _schedule(
+    plan: Plan,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    hyper: Tensor,
+    norms: bool,
+) -> Schedule:
+    """The launches, from the last time that plan, options and memory were the same."""
+    key = (
+        (id(plan.groups), plan.groups._version, id(plan.components), plan.components._version, norms),
+        tuple((row[1] != 0, row[3] != 0, row[4] != 0, row[5] != 0) for row in hyper.tolist()),
+        tuple(_seen(param) for param in params),
+        tuple(None if grad is None else _seen(grad) for grad in grads),
+        tuple(_seen(momentum) for momentum in momenta),
+    )
+    if key in _SCHEDULES:
+        _SCHEDULES.move_to_end(key)
+    else:
+        made = schedule(plan, params, grads, momenta, hyper, norms)
+        # The plan's tensors are kept with it, so that no other tensor can come by their identity.
+        _SCHEDULES[key] = made, (plan.groups, plan.components)
+        if len(_SCHEDULES) > _KEPT:
+            _SCHEDULES.popitem(last=False)
+    return _SCHEDULES[key][0]
+
+
+def forget() -> None:
+    """Plan the next step anew."""
+    _SCHEDULES.clear()
+
+
+def _seen(tensor: Tensor) -> Hashable:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
+
+
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor | None], momenta: Sequence[Tensor]) -> None:
+    """What a kernel would read beyond must not reach it."""
+    device = params[0].device
+    for index, (param, grad, momentum) in enumerate(zip(params, grads, momenta, strict=True)):
+        if param.device != device:
+            raise ValueError(f"params: wanted all on {device}, got parameter {index} on {param.device}.")
+        if grad is not None and (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, device):
+            raise ValueError(
+                f"grads: wanted {param.dtype} {tuple(param.shape)} on {device} for parameter {index}, got {grad.dtype} "
+                f"{tuple(grad.shape)} on {grad.device}."
+            )
+        if momentum.numel() and (momentum.shape, momentum.dtype, momentum.device) != (param.shape, param.dtype, device):
+            raise ValueError(
+                f"momenta: wanted {param.dtype} {tuple(param.shape)} on {device} for parameter {index}, got "
+                f"{momentum.dtype} {tuple(momentum.shape)} on {momentum.device}."
+            )

@@ -1,0 +1,260 @@
+"""The PSI quotient of nonzero vectors ([PSI] Eq. 9-11): ``u <- rho u - lr ||w||^2 g``, ``w <- (1 - k) w + u``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from manifold_kernels.triton.addressing import address, offsets
+from manifold_kernels.triton.arithmetic import inverse_root, power_of_two, root
+from manifold_kernels.triton.rows import broken, largest, piece
+from manifold_kernels.triton.tables import (
+    AXES_WIDTH,
+    GRAD,
+    GROUP_FIRST,
+    GROUP_HYPER,
+    GROUP_WIDTH,
+    GUARD,
+    HYPER_WIDTH,
+    LR,
+    MOMENTUM,
+    MOMENTUM_BUFFER,
+    PARAMETER_WIDTH,
+    STEPS,
+    TILE_AXES,
+    TILE_COUNT,
+    TILE_FIRST,
+    TILE_GROUP,
+    TILE_PARAMETER,
+    TILE_WIDTH,
+    WEIGHT,
+    WEIGHT_DECAY,
+)
+
+
+@triton.jit
+def moved(
+    w,
+    g,
+    u,
+    push,
+    inverse_g,
+    carry,
+    keep,
+    size,
+    inverse_size,
+    STORE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BUFFERED: tl.constexpr,
+):
+    """The next w and u, both divided by the power of two ``size``, and u as it is stored."""
+    next_u = tl.fma(g * inverse_g[:, None], -push[:, None], u * inverse_size[:, None] * carry)
+    stored = (next_u * size[:, None]).to(STORE)
+    if BUFFERED:
+        # The stored u is what is added to w.
+        next_u = stored.to(COMPUTE) * inverse_size[:, None]
+    return tl.fma(w * inverse_size[:, None], keep[:, None], next_u), next_u, stored
+
+
+@triton.jit
+def step(
+    tiles,
+    parameters,
+    axes,
+    groups,
+    components,
+    scales,
+    hyper,
+    partials,
+    totals,
+    norms,
+    nonfinite,
+    N: tl.constexpr,
+    STORE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BUFFERED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    LISTED: tl.constexpr,
+    SAME: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DIMS_0: tl.constexpr,
+    DIMS_1: tl.constexpr,
+    DECAY: tl.constexpr,
+    MODE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of rows of one group."""
+    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    tile = tiles + tl.program_id(0) * TILE_WIDTH
+    parameter = tl.load(tile + TILE_PARAMETER)
+    group = groups + tl.load(tile + TILE_GROUP) * GROUP_WIDTH
+    own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
+    tensor = parameters + parameter * PARAMETER_WIDTH
+    h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+
+    lane = tl.arange(0, LANES)
+    inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
+    component = tl.load(group + GROUP_FIRST).to(tl.int32) + tl.load(tile + TILE_FIRST).to(tl.int32) + lane
+    if LISTED:
+        component = tl.load(components + component, mask=inside, other=0).to(tl.int32)
+    weights = address(tensor + WEIGHT, STORE, RUN >= 0)
+    grads = address(tensor + GRAD, STORE, RUN >= 0)
+    buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
+    first_step = tl.load(tensor + STEPS) == 0
+    at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
+
+    # Where something leaves the range in which squares are safe, everything is divided by a power of two.
+    bad = tl.zeros((LANES,), tl.int32)
+    top_w = tl.zeros((LANES,), COMPUTE)
+    top_g = tl.zeros((LANES,), COMPUTE)
+    top_u = tl.zeros((LANES,), COMPUTE)
+    for k in range(BLOCKS):
+        w, g, u, ow, om, mask = piece(
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
+        )
+        bad = tl.maximum(bad, tl.maximum(broken(w), tl.maximum(broken(g), broken(u))))
+        top_w = tl.maximum(top_w, largest(w))
+        top_g = tl.maximum(top_g, largest(g))
+        top_u = tl.maximum(top_u, largest(u))
+    c_w, inverse_w = power_of_two(top_w)
+    c_g, inverse_g = power_of_two(top_g)
+    square = tl.zeros((LANES,), COMPUTE)
+    for k in range(BLOCKS):
+        w, g, u, ow, om, mask = piece(
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
+        )
+        q = w * inverse_w[:, None]
+        square += tl.sum(q * q, 1)
+
+    lr = tl.load(h + LR)
+    carry = tl.load(h + MOMENTUM)
+    wide_square = square.to(tl.float64) * c_w.to(tl.float64) * c_w.to(tl.float64)
+    push = lr * wide_square
+    if DECAY:
+        keep = (1.0 - tl.minimum(push * tl.load(h + WEIGHT_DECAY), 0.5)).to(COMPUTE)
+    else:
+        keep = tl.full((LANES,), 1.0, COMPUTE)
+    far = tl.maximum(tl.maximum(top_w, top_u).to(tl.float64), push * top_g.to(tl.float64))
+    LIMIT: tl.constexpr = 2.0**500 if tl.float64 == COMPUTE else 2.0**60
+    wide_size, _ = power_of_two(tl.minimum(tl.where(far < LIMIT, 1.0, far), LIMIT * LIMIT * 16))
+    size = wide_size.to(COMPUTE)
+    inverse_size = (1.0 / wide_size).to(COMPUTE)
+    push = (push / wide_size * c_g.to(tl.float64)).to(COMPUTE)
+
+    square = tl.zeros((LANES,), COMPUTE)
+    for k in range(BLOCKS):
+        w, g, u, ow, om, mask = piece(
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
+        )
+        w, u, stored = moved(
+            w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
+        )
+        square += tl.sum(w * w, 1)
+        if BUFFERED:
+            bad = tl.maximum(bad, broken(stored.to(COMPUTE)))
+    # Both are divided by the norm above the guard ([PSI] section 6.2).
+    guarded = root(square).to(tl.float64) * wide_size > tl.load(h + GUARD)
+    back = tl.where(guarded, inverse_root(square), size)
+    for k in range(BLOCKS):
+        w, g, u, ow, om, mask = piece(
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
+        )
+        w, u, stored = moved(
+            w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
+        )
+        bad = tl.maximum(bad, broken((w * back[:, None]).to(STORE).to(COMPUTE)))
+    ok = inside & (bad == 0)
+    for k in range(BLOCKS):
+        w, g, u, ow, om, mask = piece(
+            own_axes,
+            k,
+            weights,
+            grads,
+            buffers,
+            at_lane,
+            inside,
+            first_step,
+            N,
+            BLOCK,
+            COMPUTE,
+            BUFFERED,
+            MAXIMIZE,
+            SAME,
+            RUN,
+            ALIGN,
+            DIMS_1,
+        )
+        w, u, stored = moved(
+            w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
+        )
+        tl.store(weights + ow, (w * back[:, None]).to(STORE), mask=mask & ok[:, None])
+        if BUFFERED:
+            tl.store(buffers + om, (u * back[:, None]).to(STORE), mask=mask & ok[:, None])
+    left = tl.sum((inside & (~ok)).to(tl.int32), 0)
+    tl.atomic_add(nonfinite + parameter, left.to(tl.int64), mask=left > 0)

@@ -1,0 +1,70 @@
+"""Compiles kernels for GPUs that are not there and prints what they take as JSON; run in a process of its own, without
+the interpreter: ``python tests/triton_compiled.py TARGET...``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from cpu_lockstep import Case, one_group
+from stepping import hyper_table, start
+
+from manifold_kernels.plan import Plan
+from manifold_kernels.triton import compiling, planning, tables
+from manifold_kernels.views import Layout
+
+KERNEL, FILTER, MATRIX, FLAT = Layout("kernel"), Layout("filter"), Layout("matrix"), Layout("flat")
+SGD = {"lr": 0.1, "momentum": 0.9}
+
+
+def kernels(case: Case) -> list[planning.Kernel]:
+    """What a step of ``case`` launches, the sum of partial norms left out."""
+    run = start([case.weight], case.groups, [case.hyper])
+    run.params[0] = case.weight
+    plan = Plan.build(case.groups, run.params)
+    made = planning.schedule(plan, run.params, [run.params[0]], run.momenta, hyper_table([case.hyper]), False)
+    return [launch.kernel for launch in made.launches if not launch.sums]
+
+
+def cases() -> dict[str, Case]:
+    """One for each kernel that an optimizer meets, by name."""
+    out = {}
+    for of, option in (("sphere", "projection"), ("oblique", "projection"), ("stiefel", "qr")):
+        for how in ("channels_last", "contiguous"):
+            out[f"{of} 3x3 {how}"] = one_group(
+                of, option, (64, 64, 3, 3), KERNEL, hyper=SGD, step_size="general", arrangement=how
+            )
+        out[f"{of} 3x3 bfloat16"] = one_group(
+            of, option, (64, 64, 3, 3), KERNEL, hyper=SGD, arrangement="channels_last", dtype=torch.bfloat16
+        )
+    for option in ("polar", "cayley", "exp"):
+        out[f"stiefel 3x3 {option}"] = one_group("stiefel", option, (64, 64, 3, 3), KERNEL, hyper=SGD)
+    out["stiefel 3x3 float64"] = one_group("stiefel", "qr", (64, 64, 3, 3), KERNEL, hyper=SGD, dtype=torch.float64)
+    for n, option in ((32, "qr"), (32, "polar"), (16, "cayley"), (16, "exp")):
+        out[f"stiefel {n}x{n} {option}"] = one_group("stiefel", option, (2, 2, n, n), KERNEL, hyper=SGD)
+    out["sphere 4608"] = one_group("sphere", "projection", (64, 4608), FILTER, hyper=SGD, step_size="general")
+    out["sphere 576 exp"] = one_group("sphere", "exp", (64, 576), FILTER, hyper=SGD)
+    out["oblique 512x256"] = one_group("oblique", "projection", (256, 512), MATRIX, hyper=SGD, step_size="general")
+    for option in ("psi_sgd", "sgd_g", "adam_g"):
+        of = "scale_invariant" if option == "psi_sgd" else "grassmann"
+        out[f"{option} 576"] = one_group(of, option, (64, 576), FILTER, hyper=SGD)
+    out["euclidean"] = one_group("euclidean", "add", (64, 576), FLAT, hyper=SGD)
+    return out
+
+
+def main(targets: list[str]) -> None:
+    for name, case in cases().items():
+        for kernel in kernels(case):
+            mode = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(
+                dict(kernel.constants)["MODE"], ""
+            )
+            for target in targets:
+                found = compiling.compile_kernel(kernel, target)
+                line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}
+                print(json.dumps({"kernel": name + mode, "target": target, **line}), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])
