@@ -8,11 +8,14 @@
 
 // MK_UNROLL: registers cannot be indexed, so nvcc has to unroll every loop over a fixed size. CPU compilers decide for
 // themselves (forcing them made the same code, and bloated the loops whose size is not fixed).
+// MK_RARE: what is seldom called, kept out of the way of the registers of what is called often.
 #ifdef __CUDACC__
 #define MK_FN __host__ __device__ __forceinline__
+#define MK_RARE MK_FN
 #define MK_UNROLL _Pragma("unroll")
 #else
 #define MK_FN inline __attribute__((always_inline))
+#define MK_RARE __attribute__((noinline))
 #define MK_UNROLL
 #endif
 

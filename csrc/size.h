@@ -5,7 +5,7 @@ namespace mk {
 
 template <int N, int P>
 struct Fixed {
-  static constexpr int n = N, p = P;
+  static constexpr int n = N, p = P, columns = P;
   static constexpr int capacity = N * P;             // elements of an n x p matrix
   static constexpr int square_capacity = P * P;      // of a p x p one
   static constexpr int double_capacity = 4 * P * P;  // of a 2p x 2p one
@@ -15,6 +15,7 @@ struct Fixed {
 // Any n x p with n >= p for orthonormalisation, n p <= capacity.
 struct Dynamic {
   int n, p;
+  static constexpr int columns = 1;  // at least
   static constexpr int capacity = 256;
   static constexpr int square_capacity = 256;
   static constexpr int double_capacity = 1024;

@@ -1,30 +1,83 @@
 // Manifolds with a retraction, in the one form that lanes.h calls.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/job.h"
 #include "manifolds/oblique.h"
 #include "manifolds/sphere.h"
 #include "manifolds/stiefel.h"
+#include "manifolds/turn.h"
 
 namespace mk {
 namespace MK_ISA {
 namespace {
 
-// A manifold with a retraction: project(q, m, xi, size) -> ||xi||^2 and q <- R_q(step xi), at unit scale.
+// A manifold with a retraction. In general, project(q, d, tangent, size) -> ||xi||^2 and retract(q, tangent, step,
+// square, size): q <- R_q(step xi), at unit scale, with at most n p numbers in `tangent`.
+//
+// turns<Size>: turn(w, d, inverse, tangent, size) and retract_turn(w, tangent, step, square, scale, size) in their
+// place, for weights as they are.
+//
+// is_linear<Size>: all that the retraction needs are a few sums, and it ends on a combination of weight and direction,
+// which can be formed as they lie in memory: observe(w, d, ww, inverse, sums, size) -> ||xi||^2 for a weight that is
+// still to be multiplied by `inverse`, and arc(sums, step, square) -> a, b with R_q(step xi) = a q + b d. `step` may be
+// too long for it: see is_stable.
+struct ByTangent {
+  template <class Size>
+  static constexpr bool is_linear = false;
+  template <class Size>
+  static constexpr bool turns = false;
+};
+
 template <bool Exp>
 struct SphereMap {
+  template <class Size>
+  static constexpr bool turns = false;
+  template <class Size>
+  static constexpr bool is_linear = !std::is_same<Size, Dynamic>::value;
+
+  template <class T>
+  MK_FN static sphere::Arc<T> along(T step, T square) {
+    return Exp ? sphere::exp(step, square) : sphere::projection(step);
+  }
+  template <class T, class Size>
+  MK_FN static T observe(const T* w, const T* d, T ww, T inverse, T* sums, Size size) {
+    const int k = size.n * size.p;
+    const T dd = square_norm(d, k), qd = inner(w, d, k, 1) * inverse, qq = ww * inverse * inverse;
+    T square = sphere::tangent_square(qq, qd, dd);
+    const auto cancels = square < T(0.0625) * dd;
+    if (any(cancels)) {
+      T xi[Size::capacity];
+      for (int e = 0; e < k; e++) xi[e] = sphere::rgrad(w[e] * inverse, d[e], qd);
+      square = select(cancels, square_norm(xi, k), square);
+    }
+    sums[0] = qq;
+    sums[1] = qd;
+    return square;
+  }
+  // Where the radial part of d is long against the result, the combination cancels.
+  template <class T>
+  MK_FN static auto is_stable(const T* sums, T step, T square) {
+    return abs(along(step, square).b * sums[1]) <= T(0.5);
+  }
+  template <class T>
+  MK_FN static sphere::Arc<T> arc(const T* sums, T step, T square) {
+    return sphere::combination(along(step, square), sums[0], sums[1], square);
+  }
+
   template <class T, class Size>
   MK_FN static T project(const T* q, const T* m, T* xi, Size size) {
     return sphere::project(q, m, xi, size.n * size.p, 1);
   }
   template <class T, class Size>
   MK_FN static void retract(T* q, const T* xi, T step, T square, Size size) {
-    sphere::retract(q, xi, Exp ? sphere::exp(step, square) : sphere::projection(step), size.n * size.p, 1);
+    sphere::retract(q, xi, along(step, square), size.n * size.p, 1);
   }
 };
 
 template <bool Exp>
-struct ObliqueMap {
+struct ObliqueMap : ByTangent {
   template <class T, class Size>
   MK_FN static T project(const T* q, const T* m, T* xi, Size size) {
     return oblique::project(q, m, xi, size);
@@ -35,8 +88,13 @@ struct ObliqueMap {
   }
 };
 
-template <Retraction Kind>
-struct StiefelMap {
+// Exact: Q is orthonormal to the precision of the arithmetic, which it is not where it was stored in 16 bits.
+template <Retraction Kind, bool Exact = false>
+struct StiefelMap : ByTangent {
+  // Square matrices of a fixed size: the tangent is a turn.
+  template <class Size>
+  static constexpr bool turns = Exact && Kind == Retraction::qr && !std::is_same<Size, Dynamic>::value;
+
   template <class T, class Size>
   MK_FN static T project(const T* q, const T* m, T* xi, Size size) {
     return stiefel::project(q, m, xi, size);

@@ -14,17 +14,13 @@ namespace {
 // else copied.
 template <class R>
 struct Tile {
-  static constexpr int elements =
-      512;  // of each of w, g and m: with the next tile, on its way, they stay in the first-level cache
+  static constexpr int elements = 1152;  // of each of w, g and m, with what the rounds keep in the first-level cache
 
   int64_t k;  // first component, counted in the job
   int count;  // components in it; whole registers are read, so that copies are padded with zeros
   bool in_lanes, copied;
   R *w, *m;
   const R* g;
-  const R* d;  // the direction, once the momentum is updated
-  const int64_t *weight_element, *grad_element,
-      *direction_element;  // in_lanes: where each element's row of lanes starts
 };
 
 template <class R, int Capacity>

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "cpu/pack.h"
 #include "size.h"
@@ -104,19 +105,111 @@ MK_FN void load_eight(const float*, int, Pack<float>*) {}
 MK_FN void store_eight(const Pack<float>*, float*, int) {}
 #endif
 
+#if defined(__AVX512F__)
+constexpr int inverse_modulo(int a, int m) {
+  for (int x = 1; x < m; x++)
+    if (a * x % m == 1) return x;
+  return 0;
+}
+
+// Odd E, all in registers. Number e of a block lies in place e % 16 of register e / 16, and the numbers of one place
+// belong to all elements in turn: to bring element j of every matrix into register j, each place has to rotate by as
+// many registers as its own number, once the registers are relabelled: four rounds of blends, one for each bit of the
+// place, with the same four masks for all registers. Then the places of register j are j out of step with those of
+// register 0.
+template <int E>
+class Rotation16 {
+  static constexpr int relabel = inverse_modulo(16 % E, E);
+
+  template <int Bit, int Sign>
+  MK_FN static void stage(Pack<float>* u) {
+    constexpr __mmask16 places = Bit == 1 ? 0xaaaa : Bit == 2 ? 0xcccc : Bit == 4 ? 0xf0f0 : 0xff00;
+    Pack<float> v[E];
+    for (int t = 0; t < E; t++) v[t].v = _mm512_mask_mov_ps(u[t].v, places, u[(t + Sign * Bit + 16 * E) % E].v);
+    for (int t = 0; t < E; t++) u[t] = v[t];
+  }
+  template <int Places>
+  MK_FN static __m512 shifted(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x), (Places + 16) % 16));
+  }
+  template <int Sign, int... J>
+  MK_FN static void align(Pack<float>* u, std::integer_sequence<int, J...>) {
+    ((u[J].v = shifted<Sign*(J % 16)>(u[J].v)), ...);
+  }
+
+ public:
+  MK_FN static void to_lanes(const Pack<float>* in_memory, Pack<float>* x) {
+    Pack<float> u[E];
+    for (int t = 0; t < E; t++) u[t] = in_memory[t * relabel % E];
+    stage<1, -1>(u);
+    stage<2, -1>(u);
+    stage<4, -1>(u);
+    stage<8, -1>(u);
+    align<1>(u, std::make_integer_sequence<int, E>{});
+    for (int t = 0; t < E; t++) x[t] = u[t];
+  }
+  MK_FN static void from_lanes(const Pack<float>* x, Pack<float>* in_memory) {
+    Pack<float> u[E];
+    for (int t = 0; t < E; t++) u[t] = x[t];
+    align<-1>(u, std::make_integer_sequence<int, E>{});
+    stage<1, 1>(u);
+    stage<2, 1>(u);
+    stage<4, 1>(u);
+    stage<8, 1>(u);
+    for (int t = 0; t < E; t++) in_memory[t * relabel % E] = u[t];
+  }
+};
+
 template <class R, class Size>
-MK_FN void to_lanes(const R* p, Pack<R>* x, Size size) {
+constexpr bool rotates =
+    std::is_same<R, float>::value && !std::is_same<Size, Dynamic>::value && Size::capacity % 2 == 1;
+#else
+template <class R, class Size>
+constexpr bool rotates = false;
+#endif
+
+// Which matrix of a block a lane has: lane l has matrix l * stride modulo the number of lanes.
+struct LaneOrder {
+  int stride;
+  template <class R>
+  MK_FN int component(int lane) const {
+    return lane * stride % Pack<R>::lanes;
+  }
+};
+
+template <class R, class Size>
+MK_FN LaneOrder lane_order(Size) {
+#if defined(__AVX512F__)
+  if constexpr (rotates<R, Size>) return {inverse_modulo(Size::capacity, Pack<R>::lanes)};
+#endif
+  return {1};
+}
+
+// A block as it lies in memory, a register after the other, with one matrix a lane.
+template <class R, class Size>
+MK_FN void to_lanes(const Pack<R>* in_memory, Pack<R>* x, Size size) {
+#if defined(__AVX512F__)
+  if constexpr (rotates<R, Size>) return Rotation16<Size::capacity>::to_lanes(in_memory, x);
+#endif
+  const R* p = reinterpret_cast<const R*>(in_memory);
   const int E = size.n * size.p;
   int e = 0;
   if constexpr (has_eights && std::is_same<R, float>::value) {
     for (; e + 8 <= E; e += 8) load_eight(p + e, E, x + e);
   }
-  for (; e < E; e++)
-    for (int l = 0; l < Pack<R>::lanes; l++) x[e].v[l] = p[l * E + e];
+  for (; e < E; e++) {
+    R one[Pack<R>::lanes];
+    for (int l = 0; l < Pack<R>::lanes; l++) one[l] = p[l * E + e];
+    x[e] = Pack<R>::load(one);
+  }
 }
 
 template <class R, class Size>
-MK_FN void from_lanes(const Pack<R>* x, R* p, Size size) {
+MK_FN void from_lanes(const Pack<R>* x, Pack<R>* in_memory, Size size) {
+#if defined(__AVX512F__)
+  if constexpr (rotates<R, Size>) return Rotation16<Size::capacity>::from_lanes(x, in_memory);
+#endif
+  R* p = reinterpret_cast<R*>(in_memory);
   const int E = size.n * size.p;
   int e = 0;
   if constexpr (has_eights && std::is_same<R, float>::value) {
@@ -127,6 +220,32 @@ MK_FN void from_lanes(const Pack<R>* x, R* p, Size size) {
     x[e].store(one);
     for (int l = 0; l < Pack<R>::lanes; l++) p[l * E + e] = one[l];
   }
+}
+
+// Register i of a block in memory with, in each place, the number that `x` has for the place's matrix.
+template <class R, class Size>
+struct Spread {
+  static constexpr int N = Pack<R>::lanes;
+  alignas(register_bytes) int32_t lane[Size::capacity][N];
+  constexpr Spread() : lane{} {
+    const int stride = rotates<R, Size> ? Size::capacity % N : 1;  // the inverse of lane_order's
+    for (int i = 0; i < Size::capacity; i++)
+      for (int s = 0; s < N; s++) lane[i][s] = (i * N + s) / Size::capacity * stride % N;
+  }
+};
+template <class R, class Size>
+MK_FN Pack<R> spread(Pack<R> x, int i, Size) {
+  static constexpr Spread<R, Size> from;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4)
+    return Pack<R>(_mm512_maskz_permutexvar_ps(0xffff, _mm512_load_si512(from.lane[i]), x.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(R) == 4)
+    return Pack<R>(_mm256_permutevar8x32_ps(x.v, _mm256_load_si256((const __m256i*)from.lane[i])));
+#endif
+  Pack<R> y;
+  for (int s = 0; s < Pack<R>::lanes; s++) y.v[s] = x.v[from.lane[i][s]];
+  return y;
 }
 
 }  // namespace

@@ -137,9 +137,7 @@ class Vector {
     const Scalar square = mm.value();
     if (!wide && !(square <= fast_square() && qq.value() <= fast_square())) return false;
     const Scalar inner = qm.value() / scale, norm = qq.value() / (scale * scale);
-    // ||m - qm q||^2 = mm - qm^2 (2 - qq) cancels where m is nearly radial: the difference is taken anew, element by
-    // element.
-    Scalar tangent = square - inner * inner * (2 - norm);
+    Scalar tangent = sphere::tangent_square(norm, inner, square);
     if (tangent < square * (sizeof(A) == 4 ? Scalar(1e-6) : Scalar(0.25))) {
       Sum<A> direct_square;
       each([&](int64_t i, auto tag) {
@@ -189,11 +187,8 @@ class Vector {
   void retract(Scalar step, bool second) {
     const Scalar v = -step / scale, qq = sums.qq, qm = sums.qm, square = sums.square;
     const auto arc = job.retraction == Retraction::exp ? sphere::exp(v, square) : sphere::projection(v);
-    const Scalar norm_square = arc.a * arc.a * qq + 2 * arc.a * arc.b * qm * (1 - qq) + arc.b * arc.b * square;
-    const Scalar inverse = norm_square > 0 ? 1 / sqrt(norm_square) : Scalar(1);
-    // s (a q + b (d - qm q)) / norm as one combination of w and d.
-    const A alpha = A((arc.a - arc.b * qm) * inverse), beta = A(scale * arc.b * inverse);
-    combine(alpha, beta, second);
+    const auto end = sphere::combination(arc, qq, qm, square);
+    combine(A(end.a), A(scale * end.b), second);
     // Where the radial part of d is long against the result, the combination cancels: measure it and normalise once
     // more.
     if (abs(arc.b * qm) > Scalar(0.5)) {

@@ -36,6 +36,23 @@ MK_FN Arc<T> exp(T step, T square) {
   return {at.cosine, select(zero, step, select(step < T(0), -along, along))};
 }
 
+// The same in closed form. With q, d and their sums qq = <q, q>, qd = <q, d>, dd = <d, d>:
+
+// ||d - qd q||^2. Where d is nearly radial it cancels, and is better taken element by element.
+template <class T>
+MK_FN T tangent_square(T qq, T qd, T dd) {
+  return fma(-qd * (T(2) - qq), qd, dd);
+}
+
+// The normalised point of the arc along xi = d - qd q, square = ||xi||^2, as a combination a q + b d.
+template <class T>
+MK_FN Arc<T> combination(Arc<T> arc, T qq, T qd, T square) {
+  const T radial = arc.b * qd;
+  const T norm = fma(arc.b * arc.b, square, arc.a * fma(T(2) * radial, T(1) - qq, arc.a * qq));
+  const T inverse = select(norm > T(0), rsqrt(norm), T(1));
+  return {(arc.a - radial) * inverse, arc.b * inverse};
+}
+
 // Projection of m (length k, elements `stride` apart) and ||xi||^2.
 template <class T>
 MK_FN T project(const T* q, const T* m, T* xi, int k, int stride) {

@@ -11,7 +11,8 @@ bool run_fixed_size(const Job& job, const Pass& pass) {
   if (job.manifold == ManifoldCode::oblique && job.retraction == Retraction::projection)
     return with_fixed_size<ObliqueMap<false>>(job, pass);
   if (job.manifold == ManifoldCode::stiefel && job.retraction == Retraction::qr)
-    return with_fixed_size<StiefelMap<Retraction::qr>>(job, pass);
+    return job.storage == Storage::float32 ? with_fixed_size<StiefelMap<Retraction::qr, true>>(job, pass)
+                                           : with_common_size<StiefelMap<Retraction::qr>>(job, pass);
   return run_fixed_size_other(job, pass);
 }
 
