@@ -13,10 +13,15 @@
 namespace mk {
 namespace {
 
-enum class Engine { elements, lanes, vectors };
+enum class Engine { elements, lanes, vectors, matrices };
 
 // Columns up to this long are worth a lane each; longer ones fill registers by themselves.
 constexpr int64_t short_column = 32;
+
+bool is_made_of_products(const Job& job) {
+  const int64_t elements = job.geometry->elements();
+  return job.retraction == Retraction::qr && elements > lane_elements && elements <= matrix_elements;
+}
 
 Engine engine_of(const Job& job) {
   const Geometry& g = *job.geometry;
@@ -29,7 +34,7 @@ Engine engine_of(const Job& job) {
       return g.elements() <= short_vector || (g.n <= short_column && g.elements() <= lane_elements) ? Engine::lanes
                                                                                                     : Engine::vectors;
     case ManifoldCode::stiefel:
-      return Engine::lanes;
+      return is_made_of_products(job) ? Engine::matrices : Engine::lanes;
     default:
       return Engine::vectors;
   }
@@ -61,6 +66,7 @@ struct Work {
   Engine engine;
   std::vector<VectorState> states;
   std::vector<uint8_t> skipped;
+  std::vector<char> kept;
   double square = 0, step = 0;
   int64_t nonfinite = 0;
   bool settled = false;
@@ -124,7 +130,7 @@ const Kernels& kernels() {
 }
 
 bool has_kernel(const Job& job) {
-  return job.manifold != ManifoldCode::stiefel || job.geometry->elements() <= lane_elements;
+  return job.manifold != ManifoldCode::stiefel || job.geometry->elements() <= lane_elements || is_made_of_products(job);
 }
 
 std::vector<int64_t> run(const std::vector<Job>& jobs) {
@@ -150,11 +156,21 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       if (job.rule == Rule::fg_sgd) w.states.resize(size_t(job.count * vectors_per_component(job)));
     }
     const bool shared = is_shared(job);
+    int64_t unit_cost = unit_elements;
+    if (w.engine == Engine::matrices) {
+      const int64_t n = job.geometry->n, p = job.geometry->p;
+      const size_t number = job.storage == Storage::float64 ? sizeof(double) : sizeof(float);
+      const size_t offsets = size_t(2 * (n + p)) * sizeof(int64_t);
+      scratch_bytes = std::max(scratch_bytes, size_t(matrix_scratch(n, p)) * number + offsets);
+      if (shared) w.kept.resize(size_t(job.count * padded_matrix(n, p)) * number);
+      unit_cost = elements * (1 + p / 16);
+      chunk = std::max<int64_t>(1, chunk_elements / unit_cost);
+    }
     if (shared && w.engine != Engine::vectors) w.skipped.resize(size_t(job.count));
-    const bool in_one = shared && job.count * elements <= small_group_elements;
+    const bool in_one = shared && units * unit_cost <= small_group_elements;
     for (int64_t begin = 0; begin < units; begin += chunk) {
       const int64_t end = in_one ? units : std::min(units, begin + chunk);
-      const Task task{j, begin, end, shared && !in_one, (end - begin) * unit_elements};
+      const Task task{j, begin, end, shared && !in_one, (end - begin) * unit_cost};
       tasks.push_back(task);
       if (task.first_of_two) second_tasks.push_back(task);
       if (in_one) break;
@@ -166,6 +182,8 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     if (w.engine == Engine::elements) k.elements_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
     if (w.engine == Engine::lanes) k.lanes_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
     if (w.engine == Engine::vectors) k.vectors_first(jobs[t.job], t.begin, t.end, out, w.states.data(), scratch);
+    if (w.engine == Engine::matrices)
+      k.matrices_first(jobs[t.job], t.begin, t.end, out, w.skipped.data(), w.kept.data(), scratch);
   };
   const auto second = [&](const Task& t, char* scratch) {
     Work& w = work[t.job];
@@ -174,6 +192,8 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       k.elements_second(jobs[t.job], t.begin, t.end, w.step, skipped);
     if (w.engine == Engine::lanes) k.lanes_second(jobs[t.job], t.begin, t.end, w.step, skipped);
     if (w.engine == Engine::vectors) k.vectors_second(jobs[t.job], t.begin, t.end, w.step, w.states.data(), scratch);
+    if (w.engine == Engine::matrices)
+      k.matrices_second(jobs[t.job], t.begin, t.end, w.step, w.skipped.data(), w.kept.data(), scratch);
   };
 
   std::vector<Partial> partials(tasks.size(), Partial{0, 0});
@@ -192,6 +212,8 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       k.elements_whole(job, t.begin, t.end, &partials[i]);
     } else if (w.engine == Engine::lanes) {
       k.lanes_whole(job, t.begin, t.end, &partials[i]);
+    } else if (w.engine == Engine::matrices) {
+      k.matrices_whole(job, t.begin, t.end, &partials[i], scratch);
     } else {
       k.vectors_whole(job, t.begin, t.end, &partials[i], w.states.data(), scratch);
     }

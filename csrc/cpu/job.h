@@ -75,6 +75,19 @@ constexpr int64_t short_vector = 64;
 
 constexpr int vector_scratch = 4;
 
+// Stiefel matrices with a QR step of products (matrices.h) have more elements than fit a lane, and up to this many.
+constexpr int64_t matrix_elements = 1 << 15;
+
+// Numbers of a matrix with the padding of any instruction set, and of all that a step needs beside its 2 (n + p)
+// offsets.
+constexpr int64_t padded_matrix(int64_t n, int64_t p) { return (n + 7) / 8 * 8 * ((p + 15) / 16 * 16); }
+constexpr int64_t matrix_scratch(int64_t n, int64_t p) {
+  return 3 * padded_matrix(n, p) + 2 * padded_matrix(p + 8, p) + p + 32;
+}
+
+// What the first pass leaves of a component's state to the second.
+constexpr uint8_t left_out = 1, in_wider_type = 2;
+
 // What the first pass over a chunk of a group leaves for the second.
 struct Partial {
   double square;      // sum of ||xi||^2
@@ -104,6 +117,12 @@ struct Kernels {
   void (*vectors_whole)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
   void (*vectors_first)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
   void (*vectors_second)(const Job&, int64_t begin, int64_t end, double step, const VectorState* states, void* scratch);
+  // Stiefel matrices too large for a lane, QR. `states`: one byte a component of the job, 0, left_out or in_wider_type;
+  // `kept`: padded_matrix() numbers of the arithmetic type a component, which hold xi between the passes.
+  void (*matrices_whole)(const Job&, int64_t begin, int64_t end, Partial*, void* scratch);
+  void (*matrices_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* states, void* kept, void* scratch);
+  void (*matrices_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept,
+                          void* scratch);
 };
 
 extern const Kernels kernels_baseline;

@@ -1,0 +1,43 @@
+// Stiefel matrices that are too large for a lane each.
+#include "cpu/matrices.h"
+
+#include "cpu/pass.h"
+
+namespace mk {
+namespace MK_ISA {
+namespace {
+
+// Calls f with a value of the job's arithmetic type.
+template <class F>
+void with_arithmetic(const Job& job, const F& f) {
+  if (job.storage == Storage::float64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+}  // namespace
+
+void matrices_whole(const Job& job, int64_t begin, int64_t end, Partial* out, void* scratch) {
+  with_arithmetic(job, [&](auto r) { Matrices<decltype(r)>(job, scratch).whole(begin, end, out); });
+}
+
+void matrices_first(const Job& job, int64_t begin, int64_t end, Partial* out, uint8_t* states, void* kept,
+                    void* scratch) {
+  with_arithmetic(job, [&](auto r) {
+    using R = decltype(r);
+    Matrices<R>(job, scratch).first(begin, end, out, states, static_cast<R*>(kept));
+  });
+}
+
+void matrices_second(const Job& job, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept,
+                     void* scratch) {
+  with_arithmetic(job, [&](auto r) {
+    using R = decltype(r);
+    Matrices<R>(job, scratch).second(begin, end, step, states, static_cast<const R*>(kept));
+  });
+}
+
+}  // namespace MK_ISA
+}  // namespace mk
