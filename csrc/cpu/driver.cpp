@@ -164,7 +164,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       scratch_bytes = std::max(scratch_bytes, size_t(matrix_scratch(n, p)) * number + offsets);
       if (shared) w.kept.resize(size_t(job.count * padded_matrix(n, p)) * number);
       unit_cost = elements * (1 + p / 16);
-      chunk = std::max<int64_t>(1, chunk_elements / unit_cost);
+      chunk = std::max<int64_t>(1, chunk_elements / elements);
     }
     if (shared && w.engine != Engine::vectors) w.skipped.resize(size_t(job.count));
     const bool in_one = shared && units * unit_cost <= small_group_elements;

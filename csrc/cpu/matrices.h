@@ -49,27 +49,70 @@ class Matrices {
       for (int turn = 0; turn < 4; turn++) f(e + turn * lanes, turn);
   }
 
-  // Reads component k: q, the direction in d, the new buffer in m. False where it must be left to the wider type.
+  // Numbers in rows, of storage type S.
+  template <class S>
+  struct Rows {
+    S* first;
+    const int64_t* row;  // null: padded rows
+    MK_FN S* operator()(int i, int columns) const { return first + (row ? row[i] : int64_t(i) * columns); }
+  };
+
+  // Weight, gradient and old buffer become q, the direction in d and, where that is another, the new buffer in m.
+  // Returns the sum of all their squares: where it is in range, nothing overflows.
+  template <class S>
+  __attribute__((noinline)) R combine(Rows<S> weight, Rows<S> grad, Rows<S> old, R scale) const {
+    const R inverse = R(1) / scale;
+    const bool remembers = momentum.buffered && !momentum.first, nesterov = momentum.nesterov;
+    T sum[2] = {T(R(0)), T(R(0))};
+    R rest = R(0);
+    for (int i = 0; i < n; i++) {
+      const S *w = weight(i, columns), *g = grad(i, columns), *o = remembers ? old(i, columns) : nullptr;
+      R *q_row = q + i * columns, *d_row = d + i * columns, *m_row = m + i * columns;
+      sweep<R>(p, [&](int64_t j, auto tag) {
+        using V = decltype(tag);
+        const V x = get_as<V>(w + j), gradient = momentum.gradient(V(R(0)), get_as<V>(g + j));
+        V buffer = gradient;
+        if (momentum.buffered)
+          buffer = as_stored(job.storage, momentum.buffer(gradient, remembers ? get_as<V>(o + j) : V(R(0))));
+        if (nesterov) to(m_row + j, buffer);
+        to(d_row + j, momentum.direction(gradient, buffer));
+        to(q_row + j, x * V(inverse));
+        V square = fma(buffer, buffer, x * x);
+        if (nesterov) square = fma(gradient, gradient, square);
+        if constexpr (std::is_same<V, R>::value) {
+          rest = rest + square;
+        } else {
+          sum[j / lanes % 2] = sum[j / lanes % 2] + square;
+        }
+      });
+    }
+    return R(total(sum[0] + sum[1])) + rest;
+  }
+
+  // Reads component k and stores its new buffer. False, with nothing stored, where it must be left to the wider type.
   bool load(int64_t k) const {
-    read(job.weight, false, k, q);
-    read(const_cast<void*>(job.grad), true, k, d);
-    if (momentum.buffered && !momentum.first) read(job.momentum, false, k, m);
-    const T inverse = T(R(1)) / T(R(job.scale(k)));
-    T sum[4];
-    for (T& x : sum) x = T(R(0));
-    each([&](int e, int turn) {
-      const T w = T::load(q + e), gradient = momentum.gradient(T(R(0)), T::load(d + e));
-      T buffer = gradient;
-      if (momentum.buffered) {
-        buffer = as_stored(job.storage, momentum.buffer(gradient, momentum.first ? T(R(0)) : T::load(m + e)));
-        buffer.store(m + e);
-      }
-      sum[turn] = fma(buffer, buffer, fma(w, w, sum[turn]));
-      if (momentum.nesterov) sum[turn] = fma(gradient, gradient, sum[turn]);
-      momentum.direction(gradient, buffer).store(d + e);
-      (w * inverse).store(q + e);
-    });
-    return !any(!((sum[0] + sum[1]) + (sum[2] + sum[3]) <= T(largest_square)));
+    const R scale = R(job.scale(k));
+    const Geometry& g = *job.geometry;
+    const int64_t component = job.component(k);
+    const bool buffered = momentum.buffered && !momentum.first;
+    R sum;
+    if (weight_places.rows_dense && grad_places.rows_dense) {
+      const int64_t weight = offset_of(g, g.weight_stride, component), grad = offset_of(g, g.grad_stride, component);
+      with_storage<R>(job.storage, [&](auto s) {
+        using S = const decltype(s);
+        sum = combine<S>({static_cast<S*>(job.weight) + weight, weight_places.row},
+                         {static_cast<S*>(job.grad) + grad, grad_places.row},
+                         {buffered ? static_cast<S*>(job.momentum) + weight : nullptr, weight_places.row}, scale);
+      });
+    } else {
+      read(job.weight, false, k, q);
+      read(const_cast<void*>(job.grad), true, k, d);
+      if (buffered) read(job.momentum, false, k, m);
+      sum = combine<const R>({q, nullptr}, {d, nullptr}, {m, nullptr}, scale);
+    }
+    if (!(sum <= largest_square)) return false;
+    if (momentum.buffered) write(job.momentum, k, momentum.nesterov ? m : d);
+    return true;
   }
 
   // d becomes xi = d - q sym(q^T d); returns ||xi||^2.
@@ -142,7 +185,8 @@ class Matrices {
     A = m + count;
     S = A + columns * columns;
     pivot = S + columns * columns;
-    for (R* x = q; x < A; x++) *x = R(0);
+    if (rows > n || columns > p)
+      for (R* x = q; x < A; x++) *x = R(0);
   }
 
   // Components of their own norm.
@@ -150,7 +194,6 @@ class Matrices {
     for (int64_t k = begin; k < end; k++) {
       double square;
       if (load(k)) {
-        if (momentum.buffered) write(job.momentum, k, m);
         square = project();
         const double step = step_size(square);
         if (!retract(k, step, square, d)) alone(k, true, &step);
@@ -166,7 +209,6 @@ class Matrices {
   void first(int64_t begin, int64_t end, Partial* out, uint8_t* states, R* kept) const {
     for (int64_t k = begin; k < end; k++) {
       if (load(k)) {
-        if (momentum.buffered) write(job.momentum, k, m);
         out->square += project();
         __builtin_memcpy(kept + k * count, d, size_t(count) * sizeof(R));
         continue;

@@ -16,22 +16,21 @@ struct Places {
 
   // Writes n + p offsets to `table`.
   Places(const Geometry& g, const int64_t* stride, int64_t* table) : row(table), column(table + g.n) {
-    fill(g, stride, g.batch_dims, g.batch_dims + g.row_dims, g.n, table);
-    fill(g, stride, g.batch_dims + g.row_dims, g.dims, g.p, table + g.n);
+    fill(g, stride, g.batch_dims, g.batch_dims + g.row_dims, table);
+    fill(g, stride, g.batch_dims + g.row_dims, g.dims, table + g.n);
     rows_dense = dense(column, g.p);
     columns_dense = dense(row, g.n);
     column_stride = g.dims - g.batch_dims - g.row_dims == 1 ? stride[g.dims - 1] : 0;
   }
 
  private:
-  static void fill(const Geometry& g, const int64_t* stride, int from, int to, int64_t count, int64_t* table) {
-    for (int64_t i = 0; i < count; i++) {
-      int64_t rest = i, offset = 0;
-      for (int d = to - 1; d >= from; d--) {
-        offset += rest % g.size[d] * stride[d];
-        rest /= g.size[d];
-      }
-      table[i] = offset;
+  static void fill(const Geometry& g, const int64_t* stride, int from, int to, int64_t* table) {
+    // One dimension after the other, from the innermost: what is there is repeated along the next.
+    int64_t done = 1;
+    table[0] = 0;
+    for (int d = to - 1; d >= from; d--) {
+      for (int64_t i = done; i < done * g.size[d]; i++) table[i] = table[i - done] + stride[d];
+      done *= g.size[d];
     }
   }
   static bool dense(const int64_t* offset, int64_t count) {
