@@ -55,11 +55,12 @@ __attribute__((noinline)) double matrix_alone(const Job& job, const Places& weig
   if (momentum.buffered && !second)
     each([&](int64_t there, int e) { set(job.storage, job.momentum, there, buffer[e]); });
 
-  multiply<Wide>(transposed(q, columns), d, columns, columns, n, [&](int i, int j, Wide x) { A[i * columns + j] = x; });
+  const Columns all{0, columns, columns};
+  multiply<Wide>(transposed(q, columns), d, columns, all, n, [&](int i, int j, Wide x) { A[i * columns + j] = x; });
   for (int i = 0; i < p; i++)
     for (int j = i; j < p; j++) A[i * columns + j] = A[j * columns + i] = (A[i * columns + j] + A[j * columns + i]) / 2;
   Wide square = 0;
-  multiply<Wide>(plain(q, columns), A, rows, columns, p, [&](int i, int j, Wide x) {
+  multiply<Wide>(plain(q, columns), A, rows, all, p, [&](int i, int j, Wide x) {
     Wide& xi = d[i * columns + j];
     xi -= x;
     square += xi * xi;
@@ -70,7 +71,7 @@ __attribute__((noinline)) double matrix_alone(const Job& job, const Places& weig
     const Wide moved = norm > 0 ? min(wanted, Wide(longest_step) / norm) : Wide(0);
     for (int e = 0; e < count; e++) q[e] = fma(-moved, d[e], q[e]);
     householder_qf(q, spare, A, n, p, columns);
-    each([&](int64_t there, int e) { set(job.storage, job.weight, there, R(q[e] * scale)); });
+    each([&](int64_t there, int e) { set(job.storage, job.weight, there, R(spare[e] * scale)); });
   }
   return double(square);
 }

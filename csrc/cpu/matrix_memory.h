@@ -40,10 +40,11 @@ struct Places {
   }
 };
 
-// Copies an n x p component from (Write: to) memory to (from) rows that are `stride` numbers apart.
+// Copies rows [from, end) of a component with p columns from (Write: to) memory to (from) rows that are `stride`
+// numbers apart; `from` is a multiple of `padding`.
 template <class R, bool Write>
-__attribute__((noinline)) void copy_matrix(Storage storage, void* base, int64_t start, const Places& places, int n,
-                                           int p, R* rows, int stride) {
+__attribute__((noinline)) void copy_matrix(Storage storage, void* base, int64_t start, const Places& places, int from,
+                                           int end, int p, R* rows, int stride) {
   constexpr int lanes = Pack<R>::lanes;
   with_storage<R>(storage, [&](auto s) {
     using S = decltype(s);
@@ -54,7 +55,7 @@ __attribute__((noinline)) void copy_matrix(Storage storage, void* base, int64_t 
       if constexpr (!Write) rows[i * stride + j] = real(*there);
     };
     if (places.rows_dense) {
-      for (int i = 0; i < n; i++) {
+      for (int i = from; i < end; i++) {
         S* there = memory + places.row[i];
         R* here = rows + i * stride;
         sweep<R>(p, [&](int64_t j, auto tag) {
@@ -64,11 +65,11 @@ __attribute__((noinline)) void copy_matrix(Storage storage, void* base, int64_t 
       }
       return;
     }
-    int done = 0;  // rows that whole blocks have covered, in the columns of whole registers
+    int done = from;  // rows that whole blocks have covered, in the columns of whole registers
     const int whole = p / lanes * lanes;
     if constexpr (std::is_same<S, R>::value) {
       if (places.columns_dense && places.column_stride != 0) {
-        for (; done + padding <= n; done += padding) {
+        for (; done + padding <= end; done += padding) {
           for (int j = 0; j < whole; j += lanes) {
             Pack<R> x[padding];
             R *there = memory + done + places.column[j], *here = rows + done * stride + j;
@@ -83,7 +84,7 @@ __attribute__((noinline)) void copy_matrix(Storage storage, void* base, int64_t 
         }
       }
     }
-    for (int i = 0; i < n; i++)
+    for (int i = from; i < end; i++)
       for (int j = i < done ? whole : 0; j < p; j++) element(i, j);
   });
 }

@@ -21,9 +21,9 @@ bool run_fixed_size_other(const Job&, const Pass&);
 void run_any_size(const Job&, const Pass&);
 
 // The compilation of matrices.h; see Kernels.
-void matrices_whole(const Job&, int64_t begin, int64_t end, Partial*, void* scratch);
-void matrices_first(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* states, void* kept, void* scratch);
-void matrices_second(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept,
+void matrices_whole(const Job&, int64_t begin, int64_t end, Partial*, Team, void* scratch);
+void matrices_first(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* states, void* kept, Team, void* scratch);
+void matrices_second(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept, Team,
                      void* scratch);
 
 // Component k in the next wider type (alone.h).

@@ -36,6 +36,8 @@ constexpr int tile_rows = 4;
 #endif
 constexpr int padding = 8;  // rows, and columns where a register has fewer lanes
 
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int larger(int a, int b) { return a < b ? b : a; }
 constexpr int padded(int size, int to) { return (size + to - 1) / to * to; }
 template <class T>
 constexpr int padded_columns(int size) {
@@ -90,6 +92,12 @@ MK_FN void tile(Left<Real<T>> a, const Real<T>* b, int stride, int from, const i
   }
 }
 
+// Where the register of column i begins.
+template <class T>
+MK_FN int register_of(int i) {
+  return i / Lane<T>::count * Lane<T>::count;
+}
+
 // The columns [first, columns) of tile_rows rows of A B: f(row, column, sum over [from, to(end of the register))).
 template <class T, class To, class F>
 MK_FN void row_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int first, int columns, int from, const To& to,
@@ -106,40 +114,53 @@ MK_FN void row_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int first
   }
 }
 
-// Where the register of column i begins.
-template <class T>
-MK_FN int register_of(int i) {
-  return i / Lane<T>::count * Lane<T>::count;
+// f(i, j, (A B)_ij) for the rows of B's columns [first, end) that `rows` tells for the end of a register. The columns
+// of a tile are the outer loop: what is read again and again of B stays in a cache.
+template <class T, class Rows, class To, class F>
+MK_FN void columns_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int first, int end, const Rows& rows,
+                            const To& to, const F& f) {
+  constexpr int lanes = Lane<T>::count;
+  for (int j = first; j < end; j += 2 * lanes) {
+    const int next = j + lanes < end ? j + lanes : j, last = next + lanes;  // the second register, or the only one
+    const int ends[] = {to(next), to(last)};
+    int i = 0;
+    if (next > j)
+      for (; i < rows(next); i += tile_rows)
+        tile<2, T>({a.at + i * a.row, a.row, a.step}, b + j, stride, 0, ends,
+                   [&](int r, int c, T x) { f(i + r, j + c * lanes, x); });
+    for (; i < rows(last); i += tile_rows)
+      tile<1, T>({a.at + i * a.row, a.row, a.step}, b + next, stride, 0, ends + 1,
+                 [&](int r, int, T x) { f(i + r, next, x); });
+  }
 }
+
+// Columns [first, end) of a matrix whose rows are `stride` numbers apart: products are computed by columns, so that
+// threads can share one.
+struct Columns {
+  int first, end, stride;
+};
 
 // f(i, j, (A B)_ij) over a padded result, B of `depth` rows.
 template <class T, class F>
-MK_FN void multiply(Left<Real<T>> a, const Real<T>* b, int rows, int columns, int depth, const F& f) {
-  for (int i = 0; i < rows; i += tile_rows) {
-    const Left<Real<T>> part{a.at + i * a.row, a.row, a.step};
-    row_of_tiles<T>(
-        part, b, columns, 0, columns, 0, [=](int) { return depth; }, [&](int r, int j, T x) { f(i + r, j, x); });
-  }
+MK_FN void multiply(Left<Real<T>> a, const Real<T>* b, int rows, Columns columns, int depth, const F& f) {
+  columns_of_tiles<T>(
+      a, b, columns.stride, columns.first, columns.end, [=](int) { return rows; }, [=](int) { return depth; }, f);
 }
 
 // The same for an upper triangular B.
 template <class T, class F>
-MK_FN void multiply_upper(Left<Real<T>> a, const Real<T>* b, int rows, int columns, const F& f) {
-  for (int i = 0; i < rows; i += tile_rows) {
-    const Left<Real<T>> part{a.at + i * a.row, a.row, a.step};
-    row_of_tiles<T>(
-        part, b, columns, 0, columns, 0, [=](int end) { return end; }, [&](int r, int j, T x) { f(i + r, j, x); });
-  }
+MK_FN void multiply_upper(Left<Real<T>> a, const Real<T>* b, int rows, Columns columns, const F& f) {
+  columns_of_tiles<T>(
+      a, b, columns.stride, columns.first, columns.end, [=](int) { return rows; }, [=](int end) { return end; }, f);
 }
 
 // G = Y^T Y for Y (rows x columns), in the registers that the diagonal crosses and those right of it.
 template <class T>
-MK_FN void gram(const Real<T>* Y, Real<T>* G, int rows, int columns) {
-  for (int i = 0; i < columns; i += tile_rows) {
-    row_of_tiles<T>(
-        transposed(Y + i, columns), Y, columns, register_of<T>(i), columns, 0, [=](int) { return rows; },
-        [&](int r, int j, T x) { Lane<T>::store(G + (i + r) * columns + j, x); });
-  }
+MK_FN void gram(const Real<T>* Y, Real<T>* G, int rows, Columns columns) {
+  const int stride = columns.stride;
+  columns_of_tiles<T>(
+      transposed(Y, stride), Y, stride, columns.first, columns.end, [=](int end) { return end; },
+      [=](int) { return rows; }, [&](int i, int j, T x) { Lane<T>::store(G + i * stride + j, x); });
 }
 
 // G <- R, upper triangular with R^T R = G (columns x columns), and `inverse` the inverses of its diagonal. False where
@@ -175,31 +196,32 @@ MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int columns, Real<T> least) {
   return sound;
 }
 
-// X = R^-1 for an upper triangular R with the inverses of its diagonal; what is left of the diagonal is zero.
+// Columns of X = R^-1 for an upper triangular R with the inverses of its diagonal, from the register that the diagonal
+// crosses upwards; `columns` begins and ends between tiles.
 template <class T>
-MK_FN void invert_upper(const Real<T>* R, const Real<T>* inverse, Real<T>* X, int columns) {
+MK_FN void invert_upper(const Real<T>* R, const Real<T>* inverse, Real<T>* X, Columns columns) {
   using L = Lane<T>;
-  for (int i = columns - tile_rows; i >= 0; i -= tile_rows) {
-    Real<T>* block = X + i * columns;
-    for (int e = 0; e < tile_rows * columns; e++) block[e] = Real<T>(0);
-    for (int r = 0; r < tile_rows; r++) block[r * columns + i + r] = Real<T>(1);
-    const int first = register_of<T>(i), next = i + tile_rows;
+  const int stride = columns.stride, end = columns.end;
+  for (int i = end - tile_rows; i >= 0; i -= tile_rows) {
+    const int first = larger(columns.first, register_of<T>(i)), next = i + tile_rows;
+    Real<T>* block = X + i * stride;
+    for (int r = 0; r < tile_rows; r++)
+      for (int j = first; j < end; j++) block[r * stride + j] = Real<T>(j == i + r);
     row_of_tiles<T>(
-        plain(R + i * columns, columns), X, columns, first, columns, next,
-        [=](int end) { return end > next ? end : next; },
+        plain(R + i * stride, stride), X, stride, first, end, next, [=](int to) { return larger(to, next); },
         [&](int r, int j, T x) {
-          Real<T>* at = block + r * columns + j;
+          Real<T>* at = block + r * stride + j;
           L::store(at, L::load(at) - x);
         });
-    for (int j = first; j < columns; j += L::count) {
+    for (int j = first; j < end; j += L::count) {
       T x[tile_rows];
 #pragma GCC unroll 8
       for (int r = tile_rows - 1; r >= 0; r--) {
-        x[r] = L::load(block + r * columns + j);
+        x[r] = L::load(block + r * stride + j);
 #pragma GCC unroll 8
-        for (int k = tile_rows - 1; k > r; k--) x[r] = fma(L::all(-R[(i + r) * columns + i + k]), x[k], x[r]);
+        for (int k = tile_rows - 1; k > r; k--) x[r] = fma(L::all(-R[(i + r) * stride + i + k]), x[k], x[r]);
         x[r] = x[r] * L::all(inverse[i + r]);
-        L::store(block + r * columns + j, x[r]);
+        L::store(block + r * stride + j, x[r]);
       }
     }
   }
@@ -233,17 +255,18 @@ MK_FN void to_columns(const T* x, Real<T>* at, int64_t stride) {
   }
 }
 
-// S = (A + A^T) / 2 (columns x columns).
+// Columns of S = (A + A^T) / 2.
 template <class T>
-MK_FN void symmetrise(const Real<T>* A, Real<T>* S, int columns) {
+MK_FN void symmetrise(const Real<T>* A, Real<T>* S, Columns columns) {
   using L = Lane<T>;
+  const int stride = columns.stride;
   const T half = T(Real<T>(0.5));
-  for (int i = 0; i < columns; i += padding) {
-    for (int j = 0; j < columns; j += L::count) {
+  for (int j = columns.first; j < columns.end; j += L::count) {
+    for (int i = 0; i < stride; i += padding) {
       T x[padding];
-      columns_of<T>(A + int64_t(j) * columns + i, columns, x);
+      columns_of<T>(A + int64_t(j) * stride + i, stride, x);
       for (int r = 0; r < padding; r++)
-        L::store(S + (i + r) * columns + j, half * (L::load(A + (i + r) * columns + j) + x[r]));
+        L::store(S + (i + r) * stride + j, half * (L::load(A + (i + r) * stride + j) + x[r]));
     }
   }
 }
