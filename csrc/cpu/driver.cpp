@@ -19,8 +19,7 @@ enum class Engine { elements, lanes, vectors, matrices };
 constexpr int64_t short_column = 32;
 
 bool is_made_of_products(const Job& job) {
-  const int64_t elements = job.geometry->elements();
-  return job.retraction == Retraction::qr && elements > lane_elements && elements <= matrix_elements;
+  return job.retraction == Retraction::qr && job.geometry->elements() > lane_elements;
 }
 
 Engine engine_of(const Job& job) {

@@ -75,9 +75,6 @@ constexpr int64_t short_vector = 64;
 
 constexpr int vector_scratch = 4;
 
-// Stiefel matrices with a QR step of products (matrices.h) have more elements than fit a lane, and fewer than this.
-constexpr int64_t matrix_elements = int64_t(1) << 31;
-
 // Numbers of a matrix with the padding of any instruction set, and of all that a step needs beside its 2 (n + p)
 // offsets.
 constexpr int64_t padded_matrix(int64_t n, int64_t p) { return (n + 7) / 8 * 8 * ((p + 15) / 16 * 16); }

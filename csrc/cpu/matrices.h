@@ -25,8 +25,9 @@ class Matrices {
 
   const Job& job;
   const Team team;
-  const int n, p, rows, columns;  // rows x columns: n x p with padding, of zeros
-  const int count;                // of padded elements
+  const int n, p, rows;  // rows x columns: n x p with padding, of zeros
+  const int64_t columns;
+  const int64_t count;  // of padded elements
   const Momentum<R> momentum;
   const StepSize<double> step_size;
   const R largest_square;  // as in lanes.h
@@ -46,7 +47,8 @@ class Matrices {
   }
   // f(columns, which) over panels, in turn, so that the work of triangular products is shared evenly.
   template <class F>
-  void by_columns_of(int width, const F& f) const {
+  void by_columns(const F& f) const {
+    const int width = int(columns);
     together([&](int piece) {
       for (int i = piece; i * panel < width; i += team.size)
         f(Columns{i * panel, smaller(width, (i + 1) * panel), columns}, i);
@@ -79,7 +81,7 @@ class Matrices {
   struct Rows {
     S* first;
     const int64_t* row;  // null: padded rows
-    MK_FN S* operator()(int i, int columns) const { return first + (row ? row[i] : int64_t(i) * columns); }
+    MK_FN S* operator()(int i, int64_t columns) const { return first + (row ? row[i] : i * columns); }
   };
 
   // Rows [from, end) of weight, gradient and old buffer become q, the direction in d and, where that is another, the
@@ -146,12 +148,12 @@ class Matrices {
 
   // d becomes xi = d - q sym(q^T d); returns ||xi||^2.
   double project() const {
-    by_columns_of(columns, [&](Columns part, int) {
-      multiply<T>(transposed(q, columns), d, columns, part, n,
+    by_columns([&](Columns part, int) {
+      multiply<T>(transposed(q, columns), d, int(columns), part, n,
                   [&](int i, int j, T x) { x.store(A + i * columns + j); });
     });
-    by_columns_of(columns, [&](Columns part, int) { symmetrise<T>(A, S, part); });
-    by_columns_of(columns, [&](Columns part, int which) {
+    by_columns([&](Columns part, int) { symmetrise<T>(A, S, part); });
+    by_columns([&](Columns part, int which) {
       T square[4];
       for (T& x : square) x = T(R(0));
       multiply<T>(plain(q, columns), S, rows, part, p, [&](int i, int j, T x) {
@@ -162,15 +164,15 @@ class Matrices {
       });
       sums[which] = R(total((square[0] + square[1]) + (square[2] + square[3])));
     });
-    return total_of_sums(columns, panel);
+    return total_of_sums(int(columns), panel);
   }
 
   // Z <- factor Y R^-1, R^T R = Y^T Y. False where Y^T Y has a pivot that no W + V has, and rounding must have made.
   bool orthonormalise(const R* Y, R* Z, R factor) const {
-    by_columns_of(columns, [&](Columns part, int) { gram<T>(Y, A, n, part); });
+    by_columns([&](Columns part, int) { gram<T>(Y, A, n, part); });
     for (int j = p; j < columns; j++) A[j * columns + j] = R(1);
-    if (!cholesky<T>(A, pivot, columns, R(0.25))) return false;
-    by_columns_of(columns, [&](Columns part, int) {
+    if (!cholesky<T>(A, pivot, int(columns), R(0.25))) return false;
+    by_columns([&](Columns part, int) {
       invert_upper<T>(A, pivot, S, part);
       multiply_upper<T>(plain(Y, columns), S, rows, part,
                         [&](int i, int j, T x) { (x * T(factor)).store(Z + i * columns + j); });
@@ -185,7 +187,7 @@ class Matrices {
     if (!(length <= 1e-3 / double(Limits<R>::epsilon))) return false;
     const T minus = T(R(-v));
     by_rows([&](int first, int end, int) {
-      for (int e = first * columns; e < end * columns; e += lanes)
+      for (int64_t e = first * columns; e < end * columns; e += lanes)
         fma(minus, T::load(xi + e), T::load(q + e)).store(q + e);
     });
     if (!orthonormalise(q, d, twice ? R(1) : R(scale))) return false;
@@ -273,7 +275,7 @@ class Matrices {
         const int64_t weight = offset(job.geometry->weight_stride, k);
         by_rows([&](int from, int to, int) {
           copy_matrix<R, false>(job.storage, job.weight, weight, weight_places, from, to, p, q, columns);
-          for (int e = from * columns; e < to * columns; e += lanes) (T::load(q + e) * T(inverse)).store(q + e);
+          for (int64_t e = from * columns; e < to * columns; e += lanes) (T::load(q + e) * T(inverse)).store(q + e);
         });
         done = retract(k, step, double(xi[count]), xi);
       }

@@ -21,7 +21,8 @@ __attribute__((noinline)) double matrix_alone(const Job& job, const Places& weig
                                               int64_t k, bool second, const double* step) {
   using Wide = typename StorageTraits<R>::Wide;
   const int n = int(job.geometry->n), p = int(job.geometry->p);
-  const int rows = padded(n, padding), columns = padded_columns<Wide>(p), count = rows * columns;
+  const int rows = padded(n, padding);
+  const int64_t columns = padded_columns<Wide>(p), count = rows * columns;
   const std::unique_ptr<Wide[]> memory(new Wide[3 * count + columns * columns]());
   const std::unique_ptr<R[]> buffer(new R[count]);
   Wide *q = memory.get(), *d = q + count, *spare = d + count, *A = spare + count;
@@ -32,7 +33,7 @@ __attribute__((noinline)) double matrix_alone(const Job& job, const Places& weig
   const Wide scale = Wide(job.scale(k));
   for (int i = 0; i < n; i++) {
     for (int j = 0; j < p; j++) {
-      const int e = i * columns + j;
+      const int64_t e = i * columns + j;
       const int64_t here = weight + weight_places.row[i] + weight_places.column[j];
       const R gradient =
           momentum.gradient(R(0), get<R>(job.storage, job.grad, grad + grad_places.row[i] + grad_places.column[j]));
@@ -53,10 +54,11 @@ __attribute__((noinline)) double matrix_alone(const Job& job, const Places& weig
       for (int j = 0; j < p; j++) f(weight + weight_places.row[i] + weight_places.column[j], i * columns + j);
   };
   if (momentum.buffered && !second)
-    each([&](int64_t there, int e) { set(job.storage, job.momentum, there, buffer[e]); });
+    each([&](int64_t there, int64_t e) { set(job.storage, job.momentum, there, buffer[e]); });
 
-  const Columns all{0, columns, columns};
-  multiply<Wide>(transposed(q, columns), d, columns, all, n, [&](int i, int j, Wide x) { A[i * columns + j] = x; });
+  const Columns all{0, int(columns), columns};
+  multiply<Wide>(transposed(q, columns), d, int(columns), all, n,
+                 [&](int i, int j, Wide x) { A[i * columns + j] = x; });
   for (int i = 0; i < p; i++)
     for (int j = i; j < p; j++) A[i * columns + j] = A[j * columns + i] = (A[i * columns + j] + A[j * columns + i]) / 2;
   Wide square = 0;
@@ -69,9 +71,9 @@ __attribute__((noinline)) double matrix_alone(const Job& job, const Places& weig
   if (length == length) {
     const Wide norm = sqrt(square), wanted = length / scale;
     const Wide moved = norm > 0 ? min(wanted, Wide(longest_step) / norm) : Wide(0);
-    for (int e = 0; e < count; e++) q[e] = fma(-moved, d[e], q[e]);
+    for (int64_t e = 0; e < count; e++) q[e] = fma(-moved, d[e], q[e]);
     householder_qf(q, spare, A, n, p, columns);
-    each([&](int64_t there, int e) { set(job.storage, job.weight, there, R(spare[e] * scale)); });
+    each([&](int64_t there, int64_t e) { set(job.storage, job.weight, there, R(spare[e] * scale)); });
   }
   return double(square);
 }

@@ -44,7 +44,7 @@ struct Places {
 // numbers apart; `from` is a multiple of `padding`.
 template <class R, bool Write>
 __attribute__((noinline)) void copy_matrix(Storage storage, void* base, int64_t start, const Places& places, int from,
-                                           int end, int p, R* rows, int stride) {
+                                           int end, int p, R* rows, int64_t stride) {
   constexpr int lanes = Pack<R>::lanes;
   with_storage<R>(storage, [&](auto s) {
     using S = decltype(s);

@@ -51,23 +51,23 @@ struct Left {
   int64_t row, step;
 };
 template <class R>
-MK_FN Left<R> plain(const R* at, int stride) {
+MK_FN Left<R> plain(const R* at, int64_t stride) {
   return {at, stride, 1};
 }
 template <class R>
-MK_FN Left<R> transposed(const R* at, int stride) {
+MK_FN Left<R> transposed(const R* at, int64_t stride) {
   return {at, 1, stride};
 }
 
 // One tile: f(row, column register, sum over [from, to[column]) of a(row, k) b(k, column)); to does not decrease.
 template <int Columns, class T, class F>
-MK_FN void tile(Left<Real<T>> a, const Real<T>* b, int stride, int from, const int* to, const F& f) {
+MK_FN void tile(Left<Real<T>> a, const Real<T>* b, int64_t stride, int from, const int* to, const F& f) {
   using L = Lane<T>;
   T sum[tile_rows][Columns];
   for (auto& row : sum)
     for (T& x : row) x = T(Real<T>(0));
   const Real<T>* left = a.at + from * a.step;
-  const Real<T>* right = b + int64_t(from) * stride;
+  const Real<T>* right = b + from * stride;
   int k = from;
   for (; k < to[0]; k++, left += a.step, right += stride) {
     T y[Columns];
@@ -100,8 +100,8 @@ MK_FN int register_of(int i) {
 
 // The columns [first, columns) of tile_rows rows of A B: f(row, column, sum over [from, to(end of the register))).
 template <class T, class To, class F>
-MK_FN void row_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int first, int columns, int from, const To& to,
-                        const F& f) {
+MK_FN void row_of_tiles(Left<Real<T>> a, const Real<T>* b, int64_t stride, int first, int columns, int from,
+                        const To& to, const F& f) {
   constexpr int lanes = Lane<T>::count;
   int j = first;
   for (; j + 2 * lanes <= columns; j += 2 * lanes) {
@@ -117,7 +117,7 @@ MK_FN void row_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int first
 // f(i, j, (A B)_ij) for the rows of B's columns [first, end) that `rows` tells for the end of a register. The columns
 // of a tile are the outer loop: what is read again and again of B stays in a cache.
 template <class T, class Rows, class To, class F>
-MK_FN void columns_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int first, int end, const Rows& rows,
+MK_FN void columns_of_tiles(Left<Real<T>> a, const Real<T>* b, int64_t stride, int first, int end, const Rows& rows,
                             const To& to, const F& f) {
   constexpr int lanes = Lane<T>::count;
   for (int j = first; j < end; j += 2 * lanes) {
@@ -137,7 +137,8 @@ MK_FN void columns_of_tiles(Left<Real<T>> a, const Real<T>* b, int stride, int f
 // Columns [first, end) of a matrix whose rows are `stride` numbers apart: products are computed by columns, so that
 // threads can share one.
 struct Columns {
-  int first, end, stride;
+  int first, end;
+  int64_t stride;
 };
 
 // f(i, j, (A B)_ij) over a padded result, B of `depth` rows.
@@ -157,7 +158,7 @@ MK_FN void multiply_upper(Left<Real<T>> a, const Real<T>* b, int rows, Columns c
 // G = Y^T Y for Y (rows x columns), in the registers that the diagonal crosses and those right of it.
 template <class T>
 MK_FN void gram(const Real<T>* Y, Real<T>* G, int rows, Columns columns) {
-  const int stride = columns.stride;
+  const int64_t stride = columns.stride;
   columns_of_tiles<T>(
       transposed(Y, stride), Y, stride, columns.first, columns.end, [=](int end) { return end; },
       [=](int) { return rows; }, [&](int i, int j, T x) { Lane<T>::store(G + i * stride + j, x); });
@@ -167,6 +168,7 @@ MK_FN void gram(const Real<T>* Y, Real<T>* G, int rows, Columns columns) {
 // a pivot is below `least`. What is left of the diagonal is not to be read.
 template <class T>
 MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int columns, Real<T> least) {
+  const int64_t stride = columns;
   using R = Real<T>;
   using L = Lane<T>;
   bool sound = true;
@@ -174,20 +176,20 @@ MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int columns, Real<T> least) {
     const int first = register_of<T>(i);
     if (i > 0)
       row_of_tiles<T>(
-          transposed(G + i, columns), G, columns, first, columns, 0, [=](int) { return i; },
+          transposed(G + i, stride), G, stride, first, columns, 0, [=](int) { return i; },
           [&](int r, int j, T x) {
-            R* at = G + (i + r) * columns + j;
+            R* at = G + (i + r) * stride + j;
             L::store(at, L::load(at) - x);
           });
     for (int r = i; r < i + tile_rows; r++) {
-      R* row = G + r * columns;
+      R* row = G + r * stride;
       const R pivot = row[r];
       sound = sound && pivot >= least;
       const R scale = inverse[r] = R(1) / sqrt(max(pivot, least));
       for (int j = first; j < columns; j += L::count) L::store(row + j, L::load(row + j) * L::all(scale));
       for (int below = r + 1; below < i + tile_rows; below++) {
         const T factor = L::all(-row[below]);
-        R* other = G + below * columns;
+        R* other = G + below * stride;
         for (int j = first; j < columns; j += L::count)
           L::store(other + j, fma(factor, L::load(row + j), L::load(other + j)));
       }
@@ -201,7 +203,8 @@ MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int columns, Real<T> least) {
 template <class T>
 MK_FN void invert_upper(const Real<T>* R, const Real<T>* inverse, Real<T>* X, Columns columns) {
   using L = Lane<T>;
-  const int stride = columns.stride, end = columns.end;
+  const int64_t stride = columns.stride;
+  const int end = columns.end;
   for (int i = end - tile_rows; i >= 0; i -= tile_rows) {
     const int first = larger(columns.first, register_of<T>(i)), next = i + tile_rows;
     Real<T>* block = X + i * stride;
@@ -259,12 +262,12 @@ MK_FN void to_columns(const T* x, Real<T>* at, int64_t stride) {
 template <class T>
 MK_FN void symmetrise(const Real<T>* A, Real<T>* S, Columns columns) {
   using L = Lane<T>;
-  const int stride = columns.stride;
+  const int64_t stride = columns.stride;
   const T half = T(Real<T>(0.5));
   for (int j = columns.first; j < columns.end; j += L::count) {
     for (int i = 0; i < stride; i += padding) {
       T x[padding];
-      columns_of<T>(A + int64_t(j) * stride + i, stride, x);
+      columns_of<T>(A + j * stride + i, stride, x);
       for (int r = 0; r < padding; r++)
         L::store(S + (i + r) * stride + j, half * (L::load(A + (i + r) * stride + j) + x[r]));
     }

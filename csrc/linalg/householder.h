@@ -1,6 +1,8 @@
 // Orthonormalisation by Householder reflections, for single matrices of any size, of any rank.
 #pragma once
 
+#include <cstdint>
+
 #include "lane.h"
 
 namespace mk {
@@ -8,7 +10,7 @@ namespace mk {
 // Q of the thin QR decomposition of Y (n x p, n >= p, rows `stride` apart), diagonal of R >= 0; a column that depends
 // on those before it gets some orthonormal completion. Y is overwritten; `work` has 2 p numbers.
 template <class T>
-void householder_qf(T* Y, T* Q, T* work, int n, int p, int stride) {
+void householder_qf(T* Y, T* Q, T* work, int n, int p, int64_t stride) {
   T *scale = work, *inner = work + p;
   // x <- H_j x in the columns [first, p), H_j = I - scale v v^T, where v is column j of Y from the diagonal on.
   const auto reflect = [&](int j, T* x, int first) {

@@ -8,16 +8,6 @@ namespace mk {
 namespace MK_ISA {
 namespace {
 
-// Calls f with a value of the job's arithmetic type.
-template <class F>
-void with_arithmetic(const Job& job, const F& f) {
-  if (job.storage == Storage::float64) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
 void elements_whole(const Job& job, int64_t begin, int64_t end, Partial* out) {
   with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).whole(begin, end, out); });
 }

@@ -5,20 +5,6 @@
 
 namespace mk {
 namespace MK_ISA {
-namespace {
-
-// Calls f with a value of the job's arithmetic type.
-template <class F>
-void with_arithmetic(const Job& job, const F& f) {
-  if (job.storage == Storage::float64) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
-}  // namespace
-
 void matrices_whole(const Job& job, int64_t begin, int64_t end, Partial* out, Team team, void* scratch) {
   with_arithmetic(job, [&](auto r) { Matrices<decltype(r)>(job, team, scratch).whole(begin, end, out); });
 }
