@@ -25,7 +25,7 @@ class Matrices {
 
   const Job& job;
   const Team team;
-  const int n, p, rows;  // rows x columns: n x p with padding, of zeros
+  const int n, p, rows, order;  // rows x columns: n x p with padding, of zeros; order x columns: p x p
   const int64_t columns;
   const int64_t count;  // of padded elements
   const Momentum<R> momentum;
@@ -149,10 +149,9 @@ class Matrices {
   // d becomes xi = d - q sym(q^T d); returns ||xi||^2.
   double project() const {
     by_columns([&](Columns part, int) {
-      multiply<T>(transposed(q, columns), d, int(columns), part, n,
-                  [&](int i, int j, T x) { x.store(A + i * columns + j); });
+      multiply<T>(transposed(q, columns), d, order, part, n, [&](int i, int j, T x) { x.store(A + i * columns + j); });
     });
-    by_columns([&](Columns part, int) { symmetrise<T>(A, S, part); });
+    by_columns([&](Columns part, int) { symmetrise<T>(A, S, part, order); });
     by_columns([&](Columns part, int which) {
       T square[4];
       for (T& x : square) x = T(R(0));
@@ -169,12 +168,12 @@ class Matrices {
 
   // Z <- factor Y R^-1, R^T R = Y^T Y. False where Y^T Y has a pivot that no W + V has, and rounding must have made.
   bool orthonormalise(const R* Y, R* Z, R factor) const {
-    by_columns([&](Columns part, int) { gram<T>(Y, A, n, part); });
-    for (int j = p; j < columns; j++) A[j * columns + j] = R(1);
-    if (!cholesky<T>(A, pivot, int(columns), R(0.25))) return false;
+    by_columns([&](Columns part, int) { gram<T>(Y, A, n, part, order); });
+    for (int j = p; j < order; j++) A[j * columns + j] = R(1);
+    if (!cholesky<T>(A, pivot, order, int(columns), R(0.25))) return false;
     by_columns([&](Columns part, int) {
-      invert_upper<T>(A, pivot, S, part);
-      multiply_upper<T>(plain(Y, columns), S, rows, part,
+      invert_upper<T>(A, pivot, S, part, order);
+      multiply_upper<T>(plain(Y, columns), S, rows, part, order,
                         [&](int i, int j, T x) { (x * T(factor)).store(Z + i * columns + j); });
     });
     return true;
@@ -208,6 +207,7 @@ class Matrices {
         n(int(job.geometry->n)),
         p(int(job.geometry->p)),
         rows(padded(n, padding)),
+        order(padded(p, padding)),
         columns(padded_columns<T>(p)),
         count(rows * columns),
         momentum(momentum_of<R>(job)),
@@ -225,7 +225,7 @@ class Matrices {
     pivot = S + columns * columns;
     sums = pivot + columns;
     if (rows > n || columns > p)
-      for (R* x = q; x < A; x++) *x = R(0);
+      for (R* x = q; x < S; x++) *x = R(0);
   }
 
   // Components of their own norm.

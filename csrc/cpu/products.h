@@ -148,31 +148,32 @@ MK_FN void multiply(Left<Real<T>> a, const Real<T>* b, int rows, Columns columns
       a, b, columns.stride, columns.first, columns.end, [=](int) { return rows; }, [=](int) { return depth; }, f);
 }
 
-// The same for an upper triangular B.
+// The same for an upper triangular B of `order` rows.
 template <class T, class F>
-MK_FN void multiply_upper(Left<Real<T>> a, const Real<T>* b, int rows, Columns columns, const F& f) {
+MK_FN void multiply_upper(Left<Real<T>> a, const Real<T>* b, int rows, Columns columns, int order, const F& f) {
   columns_of_tiles<T>(
-      a, b, columns.stride, columns.first, columns.end, [=](int) { return rows; }, [=](int end) { return end; }, f);
+      a, b, columns.stride, columns.first, columns.end, [=](int) { return rows; },
+      [=](int end) { return smaller(end, order); }, f);
 }
 
-// G = Y^T Y for Y (rows x columns), in the registers that the diagonal crosses and those right of it.
+// G = Y^T Y for Y of `rows` rows, `order` rows of it, in the registers that the diagonal crosses and those right of it.
 template <class T>
-MK_FN void gram(const Real<T>* Y, Real<T>* G, int rows, Columns columns) {
+MK_FN void gram(const Real<T>* Y, Real<T>* G, int rows, Columns columns, int order) {
   const int64_t stride = columns.stride;
   columns_of_tiles<T>(
-      transposed(Y, stride), Y, stride, columns.first, columns.end, [=](int end) { return end; },
+      transposed(Y, stride), Y, stride, columns.first, columns.end, [=](int end) { return smaller(end, order); },
       [=](int) { return rows; }, [&](int i, int j, T x) { Lane<T>::store(G + i * stride + j, x); });
 }
 
-// G <- R, upper triangular with R^T R = G (columns x columns), and `inverse` the inverses of its diagonal. False where
-// a pivot is below `least`. What is left of the diagonal is not to be read.
+// G <- R, upper triangular with R^T R = G (order x order, with padding on the right), and `inverse` the inverses of its
+// diagonal. False where a pivot is below `least`. What is left of the diagonal is not to be read.
 template <class T>
-MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int columns, Real<T> least) {
+MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int order, int columns, Real<T> least) {
   const int64_t stride = columns;
   using R = Real<T>;
   using L = Lane<T>;
   bool sound = true;
-  for (int i = 0; i < columns; i += tile_rows) {
+  for (int i = 0; i < order; i += tile_rows) {
     const int first = register_of<T>(i);
     if (i > 0)
       row_of_tiles<T>(
@@ -201,17 +202,18 @@ MK_FN bool cholesky(Real<T>* G, Real<T>* inverse, int columns, Real<T> least) {
 // Columns of X = R^-1 for an upper triangular R with the inverses of its diagonal, from the register that the diagonal
 // crosses upwards; `columns` begins and ends between tiles.
 template <class T>
-MK_FN void invert_upper(const Real<T>* R, const Real<T>* inverse, Real<T>* X, Columns columns) {
+MK_FN void invert_upper(const Real<T>* R, const Real<T>* inverse, Real<T>* X, Columns columns, int order) {
   using L = Lane<T>;
   const int64_t stride = columns.stride;
   const int end = columns.end;
-  for (int i = end - tile_rows; i >= 0; i -= tile_rows) {
+  for (int i = smaller(end, order) - tile_rows; i >= 0; i -= tile_rows) {
     const int first = larger(columns.first, register_of<T>(i)), next = i + tile_rows;
     Real<T>* block = X + i * stride;
     for (int r = 0; r < tile_rows; r++)
       for (int j = first; j < end; j++) block[r * stride + j] = Real<T>(j == i + r);
     row_of_tiles<T>(
-        plain(R + i * stride, stride), X, stride, first, end, next, [=](int to) { return larger(to, next); },
+        plain(R + i * stride, stride), X, stride, first, end, next,
+        [=](int to) { return larger(smaller(to, order), next); },
         [&](int r, int j, T x) {
           Real<T>* at = block + r * stride + j;
           L::store(at, L::load(at) - x);
@@ -258,14 +260,14 @@ MK_FN void to_columns(const T* x, Real<T>* at, int64_t stride) {
   }
 }
 
-// Columns of S = (A + A^T) / 2.
+// Columns of S = (A + A^T) / 2, of `order` rows.
 template <class T>
-MK_FN void symmetrise(const Real<T>* A, Real<T>* S, Columns columns) {
+MK_FN void symmetrise(const Real<T>* A, Real<T>* S, Columns columns, int order) {
   using L = Lane<T>;
   const int64_t stride = columns.stride;
   const T half = T(Real<T>(0.5));
   for (int j = columns.first; j < columns.end; j += L::count) {
-    for (int i = 0; i < stride; i += padding) {
+    for (int i = 0; i < order; i += padding) {
       T x[padding];
       columns_of<T>(A + j * stride + i, stride, x);
       for (int r = 0; r < padding; r++)
