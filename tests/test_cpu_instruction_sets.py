@@ -40,6 +40,13 @@ def step_the_grid() -> int:
             ((3, 6, 4, 4), "kernel"),
             ((2, 3, 17, 17), "kernel"),
         ]
+        if option == "qr":
+            shapes += [
+                ((1, 3, 33, 20), "kernel"),
+                ((1, 2, 64, 32), "kernel"),
+                ((40, 24), "matrix"),
+                ((100, 7), "matrix"),
+            ]
         for shape, view in shapes if fg else [((5, 7), "filter"), ((5, 100), "filter"), ((5, 67, 3, 3), "filter")]:
             arrangement, options, individual = next(turn)
             hyper = {"lr": 0.2, **options}

@@ -28,7 +28,7 @@ from cpu_lockstep import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import group, hyper_table, start
+from stepping import group, hyper_table, run_steps, start
 
 from manifold_kernels import ops, views
 from manifold_kernels.manifolds import BY_NAME, Euclidean
@@ -39,8 +39,12 @@ if (missing := ops.extension_error()) is not None:
     pytest.skip(f"the compiled kernels are not there: {missing}", allow_module_level=True)
 
 KERNEL, FILTER, MATRIX = Layout("kernel"), Layout("filter"), Layout("matrix")
-#: Sizes with kernels of their own, others, one more than a register of columns, and those that torch's algebra steps.
+#: Sizes with kernels of their own, others, one more than a register of columns, and those too large for a lane.
 SIZES = [(2, 2), (3, 3), (4, 4), (5, 5), (7, 7), (2, 3), (3, 5), (5, 3), (8, 8), (11, 3), (16, 16), (17, 17), (40, 24)]
+#: Too large for a lane: full registers and tiles, one more and one less, tall, wide, a row over; the last two are
+#: shared by threads.
+LARGER = [(17, 17), (64, 32), (33, 20), (128, 128), (100, 7), (20, 33), (7, 100), (300, 2), (31, 15), (65, 48)]
+SHARED = [(210, 190), (33, 1000)]
 STEP_SIZES = ("none", "general")
 
 
@@ -70,6 +74,62 @@ def test_sizes(of: str, retraction: str, dtype: torch.dtype) -> None:
             grad_size=2 * length / math.sqrt(n * p),
         )
         check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", [*LARGER, *SHARED], ids=str)
+def test_larger_stiefel_matrices(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Products and a Cholesky factor once, twice where the step is longer than 3, and reflections beyond 90."""
+    options = itertools.cycle(MOMENTA)
+    turn = itertools.cycle(itertools.product((False, True), STEP_SIZES, (1.0, "each")))
+    lengths = (0.2, 2.0, 20.0, 200.0) if math.prod(size) < 5000 else (0.2, 20.0)
+    for arrangement, grads in zip(ARRANGEMENTS, ARRANGEMENTS[1:] + ARRANGEMENTS[:1], strict=True):
+        individual, step_size, scale = next(turn)
+        length = lengths[ARRANGEMENTS.index(arrangement) % len(lengths)]
+        case = one_group(
+            "stiefel",
+            "qr",
+            (1, 3, *size),
+            KERNEL,
+            dtype=dtype,
+            scale=scale,
+            arrangement=arrangement,
+            grad_arrangement=grads,
+            individual=individual,
+            step_size=step_size,
+            hyper={"lr": 0.5, **next(options)},
+            grad_size=2 * length / math.sqrt(math.prod(size)),
+        )
+        check(case, steps=2)
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 2.9, 3.1, 30.0, 85.0, 100.0, 1e4])
+@pytest.mark.parametrize("size", [(17, 17), (64, 32), (33, 20), (128, 128), (100, 7), (210, 190)], ids=str)
+def test_larger_matrices_are_judged_as_lapack_judges(size: tuple[int, int], length: float) -> None:
+    """``||I - Q^T Q||_1 / (n eps)`` and ``||Y - Q R||_1 / (||Y||_1 n eps)`` below 5, R upper with a diagonal >= 0, for
+    steps on either side of where the ways part (3 and 90 s): in all directions, and in one, of the worst condition."""
+    eps = torch.finfo(torch.float32).eps
+    w = on_manifold(BY_NAME["stiefel"](), torch.randn(1, 2, *size, dtype=torch.float64), KERNEL, torch.ones(2)).float()
+    q, g = w.double(), torch.randn(w.shape, dtype=torch.float64)
+    g[:, 1] = g[:, 1, :, :1] * g[:, 1, :1]
+    a = q.mT @ g
+    xi = g - q @ (a + a.mT) / 2
+    xi *= length / xi.flatten(2).norm(dim=2)[..., None, None]
+    grad = xi.float()
+    run = run_steps(compiled, [w], [[grad]], [group("stiefel", individual=True)], [{"lr": 1.0}])
+    # What is stepped along is projected once more: from the rounded gradient.
+    a = q.mT @ grad.double()
+    y = q - (grad.double() - q @ (a + a.mT) / 2)
+    got = run.params[0].double()
+    r = torch.linalg.solve(got.mT @ got, got.mT @ y).triu()
+    assert bool((r.diagonal(dim1=-2, dim2=-1) >= 0).all())
+    one = torch.eye(size[1], dtype=torch.float64)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x.abs().sum(-2).amax(-1)
+
+    assert bool((norm(one - got.mT @ got) < 5 * size[0] * eps).all())
+    assert bool((norm(y - got @ r) < 5 * size[0] * eps * norm(y)).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -151,6 +211,8 @@ def test_arrangements_in_memory(weights: str, grads: str) -> None:
         ("grassmann", "sgd_g", Layout("filter", rows=2)),
         ("sphere", "projection", Layout("filter", out_dim=1, channel_groups=2)),
         ("stiefel", "cayley", Layout("matrix", out_dim=1)),
+        ("stiefel", "qr", MATRIX),
+        ("stiefel", "qr", Layout("matrix", out_dim=1)),
     ]
     for of, option, layout in cases:
         dtype, options = next(turn)
@@ -311,6 +373,7 @@ def test_step_sizes(curvature: float, rho: float) -> None:
         ("oblique", KERNEL, (64, 64, 3, 3)),
         ("stiefel", KERNEL, (64, 64, 3, 3)),
         ("stiefel", KERNEL, (64, 150, 2, 2)),
+        ("stiefel", KERNEL, (5, 9, 33, 20)),
         ("sphere", FILTER, (40, 1001)),
         ("oblique", MATRIX, (130, 300)),
     ],

@@ -13,10 +13,14 @@
 namespace mk {
 namespace {
 
-enum class Engine { elements, lanes, vectors };
+enum class Engine { elements, lanes, vectors, matrices };
 
 // Columns up to this long are worth a lane each; longer ones fill registers by themselves.
 constexpr int64_t short_column = 32;
+
+bool is_made_of_products(const Job& job) {
+  return job.retraction == Retraction::qr && job.geometry->elements() > lane_elements;
+}
 
 Engine engine_of(const Job& job) {
   const Geometry& g = *job.geometry;
@@ -29,7 +33,7 @@ Engine engine_of(const Job& job) {
       return g.elements() <= short_vector || (g.n <= short_column && g.elements() <= lane_elements) ? Engine::lanes
                                                                                                     : Engine::vectors;
     case ManifoldCode::stiefel:
-      return Engine::lanes;
+      return is_made_of_products(job) ? Engine::matrices : Engine::lanes;
     default:
       return Engine::vectors;
   }
@@ -40,7 +44,9 @@ int64_t vectors_per_component(const Job& job) { return job.manifold == ManifoldC
 // Whether components, or the pieces of one, have to wait for the norm of their group. Without a bound on the step size
 // nothing depends on it but a caller who asks.
 bool is_shared(const Job& job) {
-  return job.rule == Rule::fg_sgd && (job.bounded || job.norms) && (!job.individual || job.in_pieces());
+  // A matrix that is a group of its own is stepped at once, as an individual one.
+  const bool individual = job.individual || (job.count == 1 && engine_of(job) == Engine::matrices);
+  return job.rule == Rule::fg_sgd && (job.bounded || job.norms) && (!individual || job.in_pieces());
 }
 
 // Elements of a piece of work: its boundaries, and so the order of every sum, depend on nothing else.
@@ -49,18 +55,22 @@ constexpr int64_t chunk_elements = 1 << 14;
 constexpr int64_t small_group_elements = 1 << 15;
 // Work below this is not worth waking threads for.
 constexpr int64_t serial_elements = 1 << 14;
+// Larger matrices are stepped one after the other, by all threads together.
+constexpr int64_t team_elements = 1 << 15;
 
 struct Task {
   int job;
   int64_t begin, end;
   bool first_of_two;  // a piece of a large group, which needs the sum of all pieces for its second pass
   int64_t cost;
+  bool by_team;
 };
 
 struct Work {
   Engine engine;
   std::vector<VectorState> states;
   std::vector<uint8_t> skipped;
+  std::unique_ptr<char[]> kept;
   double square = 0, step = 0;
   int64_t nonfinite = 0;
   bool settled = false;
@@ -79,12 +89,21 @@ void settle(const Job& job, Work& w) {
   if (through) w.nonfinite = 0;
 }
 
-// Tasks in near-equal shares of cost, one share a thread; f(task, scratch).
+// The pieces of one matrix on as many threads.
+void run_team(int size, void (*f)(const void*, int), const void* context) {
+  at::parallel_for(0, size, 1, [&](int64_t from, int64_t to) {
+    for (int64_t piece = from; piece < to; piece++) f(context, int(piece));
+  });
+}
+
+// f(task, number, team, scratch): tasks in near-equal shares of cost, one share a thread; then those that all threads
+// share, one by one.
 template <class F>
 void in_parallel(const std::vector<Task>& tasks, size_t scratch_bytes, const F& f) {
   if (tasks.empty()) return;
   std::vector<int64_t> cost_before(tasks.size() + 1, 0);
-  for (size_t i = 0; i < tasks.size(); i++) cost_before[i + 1] = cost_before[i] + tasks[i].cost;
+  for (size_t i = 0; i < tasks.size(); i++)
+    cost_before[i + 1] = cost_before[i] + (tasks[i].by_team ? 0 : tasks[i].cost);
   const int64_t total = cost_before.back();
   const int64_t shares = total <= serial_elements ? 1 : std::min<int64_t>(at::get_num_threads(), int64_t(tasks.size()));
   at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
@@ -92,8 +111,15 @@ void in_parallel(const std::vector<Task>& tasks, size_t scratch_bytes, const F& 
     const auto begin = std::lower_bound(cost_before.begin(), cost_before.end(), total * from / shares);
     const auto end = std::lower_bound(cost_before.begin(), cost_before.end(), total * to / shares);
     const size_t last = to == shares ? tasks.size() : size_t(end - cost_before.begin());
-    for (size_t i = size_t(begin - cost_before.begin()); i < last; i++) f(tasks[i], i, scratch.get());
+    for (size_t i = size_t(begin - cost_before.begin()); i < last; i++)
+      if (!tasks[i].by_team) f(tasks[i], i, Team{1, nullptr}, scratch.get());
   });
+  std::unique_ptr<char[]> scratch;
+  for (size_t i = 0; i < tasks.size(); i++) {
+    if (!tasks[i].by_team) continue;
+    if (!scratch) scratch.reset(new char[scratch_bytes]);
+    f(tasks[i], i, Team{at::get_num_threads(), run_team}, scratch.get());
+  }
 }
 
 }  // namespace
@@ -124,7 +150,7 @@ const Kernels& kernels() {
 }
 
 bool has_kernel(const Job& job) {
-  return job.manifold != ManifoldCode::stiefel || job.geometry->elements() <= lane_elements;
+  return job.manifold != ManifoldCode::stiefel || job.geometry->elements() <= lane_elements || is_made_of_products(job);
 }
 
 std::vector<int64_t> run(const std::vector<Job>& jobs) {
@@ -149,49 +175,65 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
       scratch_bytes = std::max(scratch_bytes, size_t(vector_scratch * length) * number);
       if (job.rule == Rule::fg_sgd) w.states.resize(size_t(job.count * vectors_per_component(job)));
     }
-    const bool shared = is_shared(job);
+    const bool shared = is_shared(job), by_team = w.engine == Engine::matrices && elements > team_elements;
+    int64_t unit_cost = unit_elements;
+    if (w.engine == Engine::matrices) {
+      const int64_t n = job.geometry->n, p = job.geometry->p;
+      const size_t number = job.storage == Storage::float64 ? sizeof(double) : sizeof(float);
+      const size_t offsets = size_t(2 * (n + p)) * sizeof(int64_t);
+      scratch_bytes = std::max(scratch_bytes, size_t(matrix_scratch(n, p)) * number + offsets);
+      if (shared) w.kept.reset(new char[size_t(job.count * kept_matrix(n, p)) * number]);
+      unit_cost = elements * (1 + p / 16);
+      chunk = by_team ? job.count : std::max<int64_t>(1, chunk_elements / elements);
+    }
     if (shared && w.engine != Engine::vectors) w.skipped.resize(size_t(job.count));
-    const bool in_one = shared && job.count * elements <= small_group_elements;
+    const bool in_one = shared && units * unit_cost <= small_group_elements;
     for (int64_t begin = 0; begin < units; begin += chunk) {
       const int64_t end = in_one ? units : std::min(units, begin + chunk);
-      const Task task{j, begin, end, shared && !in_one, (end - begin) * unit_elements};
+      const Task task{j, begin, end, shared && !in_one, (end - begin) * unit_cost, by_team};
       tasks.push_back(task);
       if (task.first_of_two) second_tasks.push_back(task);
       if (in_one) break;
     }
   }
 
-  const auto first = [&](const Task& t, Partial* out, char* scratch) {
+  const auto first = [&](const Task& t, Partial* out, Team team, char* scratch) {
     Work& w = work[t.job];
     if (w.engine == Engine::elements) k.elements_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
     if (w.engine == Engine::lanes) k.lanes_first(jobs[t.job], t.begin, t.end, out, w.skipped.data());
     if (w.engine == Engine::vectors) k.vectors_first(jobs[t.job], t.begin, t.end, out, w.states.data(), scratch);
+    if (w.engine == Engine::matrices)
+      k.matrices_first(jobs[t.job], t.begin, t.end, out, w.skipped.data(), w.kept.get(), team, scratch);
   };
-  const auto second = [&](const Task& t, char* scratch) {
+  const auto second = [&](const Task& t, Team team, char* scratch) {
     Work& w = work[t.job];
     const uint8_t* skipped = w.nonfinite ? w.skipped.data() : nullptr;
     if (w.engine == Engine::elements && !(jobs[t.job].in_pieces() && w.nonfinite))
       k.elements_second(jobs[t.job], t.begin, t.end, w.step, skipped);
     if (w.engine == Engine::lanes) k.lanes_second(jobs[t.job], t.begin, t.end, w.step, skipped);
     if (w.engine == Engine::vectors) k.vectors_second(jobs[t.job], t.begin, t.end, w.step, w.states.data(), scratch);
+    if (w.engine == Engine::matrices)
+      k.matrices_second(jobs[t.job], t.begin, t.end, w.step, w.skipped.data(), w.kept.get(), team, scratch);
   };
 
   std::vector<Partial> partials(tasks.size(), Partial{0, 0});
-  in_parallel(tasks, scratch_bytes, [&](const Task& t, size_t i, char* scratch) {
+  in_parallel(tasks, scratch_bytes, [&](const Task& t, size_t i, Team team, char* scratch) {
     const Job& job = jobs[t.job];
     Work& w = work[t.job];
     if (t.first_of_two) {
-      first(t, &partials[i], scratch);
+      first(t, &partials[i], team, scratch);
     } else if (is_shared(job)) {
-      first(t, &partials[i], scratch);
+      first(t, &partials[i], team, scratch);
       w.square = partials[i].square;
       w.nonfinite = partials[i].nonfinite;
       settle(job, w);
-      second(t, scratch);
+      second(t, team, scratch);
     } else if (w.engine == Engine::elements) {
       k.elements_whole(job, t.begin, t.end, &partials[i]);
     } else if (w.engine == Engine::lanes) {
       k.lanes_whole(job, t.begin, t.end, &partials[i]);
+    } else if (w.engine == Engine::matrices) {
+      k.matrices_whole(job, t.begin, t.end, &partials[i], team, scratch);
     } else {
       k.vectors_whole(job, t.begin, t.end, &partials[i], w.states.data(), scratch);
     }
@@ -209,7 +251,8 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     if (is_shared(jobs[j]) && !work[j].settled) settle(jobs[j], work[j]);
     nonfinite.push_back(work[j].nonfinite);
   }
-  in_parallel(second_tasks, scratch_bytes, [&](const Task& t, size_t, char* scratch) { second(t, scratch); });
+  in_parallel(second_tasks, scratch_bytes,
+              [&](const Task& t, size_t, Team team, char* scratch) { second(t, team, scratch); });
   return nonfinite;
 }
 

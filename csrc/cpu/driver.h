@@ -14,7 +14,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs);
 const Kernels& kernels();
 const char* instruction_set();
 
-// Whether small or long-vector kernels can take the job, or torch's linear algebra has to (library.h).
+// Whether the kernels can take the job, or torch's linear algebra has to (library.h).
 bool has_kernel(const Job& job);
 
 }  // namespace mk

@@ -75,6 +75,17 @@ constexpr int64_t short_vector = 64;
 
 constexpr int vector_scratch = 4;
 
+// Numbers of a matrix with the padding of any instruction set, and of all that a step needs beside its 2 (n + p)
+// offsets.
+constexpr int64_t padded_matrix(int64_t n, int64_t p) { return (n + 7) / 8 * 8 * ((p + 15) / 16 * 16); }
+constexpr int64_t matrix_scratch(int64_t n, int64_t p) {
+  return 3 * padded_matrix(n, p) + 2 * padded_matrix(p + 8, p) + n + 2 * p + 64;
+}
+constexpr int64_t kept_matrix(int64_t n, int64_t p) { return padded_matrix(n, p) + 16; }
+
+// What the first pass leaves of a component's state to the second.
+constexpr uint8_t left_out = 1, in_wider_type = 2;
+
 // What the first pass over a chunk of a group leaves for the second.
 struct Partial {
   double square;      // sum of ||xi||^2
@@ -85,6 +96,12 @@ struct Partial {
 struct VectorState {
   double qq, qm, square;  // <q,q>, <q,m>, ||xi||^2 on the unit sphere
   bool skipped, wide;
+};
+
+// Threads that share a matrix: run calls f(context, piece) for every piece < size, and waits for all.
+struct Team {
+  int size;
+  void (*run)(int size, void (*f)(const void* context, int piece), const void* context);
 };
 
 struct Kernels {
@@ -104,6 +121,13 @@ struct Kernels {
   void (*vectors_whole)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
   void (*vectors_first)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
   void (*vectors_second)(const Job&, int64_t begin, int64_t end, double step, const VectorState* states, void* scratch);
+  // Stiefel matrices too large for a lane, QR. `states`: one byte a component of the job, 0, left_out or in_wider_type;
+  // `kept`: kept_matrix() numbers of the arithmetic type a component, which hold xi between the passes.
+  void (*matrices_whole)(const Job&, int64_t begin, int64_t end, Partial*, Team, void* scratch);
+  void (*matrices_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* states, void* kept, Team,
+                         void* scratch);
+  void (*matrices_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept,
+                          Team, void* scratch);
 };
 
 extern const Kernels kernels_baseline;

@@ -8,15 +8,11 @@
 #include <ATen/ops/eye.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_matrix_exp.h>
-#include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_solve.h>
-#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -53,7 +49,7 @@ void write_back(const Job& job, at::Tensor& tensor, const at::Tensor& which, con
   view.copy_(all.reshape(view.sizes()));
 }
 
-// Steps are cut to these lengths, in units of the scale. Of a longer one nothing is left but its direction (QR, polar),
+// Steps are cut to these lengths, in units of the scale. Of a longer one nothing is left but its direction (polar),
 // or a rotation by many turns, whose angle rounding has lost (Cayley, exp), while the matrices that they need would
 // overflow.
 constexpr double longest_step = 1e30, longest_turn = 64;
@@ -75,18 +71,6 @@ at::Tensor polar_factor(const at::Tensor& Y) {
   const auto [U, S, Vh] = at::linalg_svd(Y, false);
   Z = U.matmul(Vh);
   return nearer(Z, I - Z.mT().matmul(Z));
-}
-
-// qf(Q + V). A Gram matrix of condition <= 1 + ||V||^2 makes a Cholesky factor as accurate as rotations as long as the
-// step is short; longer steps take LAPACK's Householder reflections.
-at::Tensor qf(const at::Tensor& Y, double longest) {
-  if (longest <= 3) {
-    const auto [L, info] = at::linalg_cholesky_ex(Y.mT().matmul(Y));
-    if (info.eq(0).all().item<bool>()) return at::linalg_solve_triangular(L.mT(), Y, /*upper=*/true, /*left=*/false);
-  }
-  const auto [Q, R] = at::linalg_qr(Y);
-  const at::Tensor diagonal = R.diagonal(0, -2, -1);
-  return Q * at::where(diagonal < 0, -at::ones_like(diagonal), at::ones_like(diagonal)).unsqueeze(-2);
 }
 
 // The formulas of manifolds/stiefel.h on batches.
@@ -181,14 +165,10 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
       job.retraction == Retraction::cayley || job.retraction == Retraction::exp ? longest_turn : longest_step;
   const at::Tensor stretch =
       at::where(norm > 0, at::minimum(factor * safe / scales, limit / norm), at::zeros_like(norm));
-  const double longest = (stretch * norm).max().item<double>();
   const at::Tensor V = (xi * -stretch.view({-1, 1, 1})).to(arithmetic);
 
   at::Tensor next;
   switch (job.retraction) {
-    case Retraction::polar:
-      next = polar_factor(Q + V);
-      break;
     case Retraction::cayley:
       next = cayley(Q, V);
       break;
@@ -196,7 +176,7 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
       next = exponential(Q, V);
       break;
     default:
-      next = qf(Q + V, longest);
+      next = polar_factor(Q + V);
   }
   write_back(job, weight, which, at::where(column, next * s, W));
   if (momentum.defined()) write_back(job, momentum, which, at::where(column, buffer, old));

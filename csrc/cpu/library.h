@@ -1,4 +1,4 @@
-// Stiefel matrices too large for a small-matrix kernel: the same step by torch's linear algebra.
+// Stiefel matrices too large for a lane with a retraction other than QR: the same step by torch's linear algebra.
 #pragma once
 
 #include <ATen/core/Tensor.h>

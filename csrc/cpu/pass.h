@@ -20,6 +20,12 @@ bool run_fixed_size(const Job&, const Pass&);  // false: no such size
 bool run_fixed_size_other(const Job&, const Pass&);
 void run_any_size(const Job&, const Pass&);
 
+// The compilation of matrices.h; see Kernels.
+void matrices_whole(const Job&, int64_t begin, int64_t end, Partial*, Team, void* scratch);
+void matrices_first(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* states, void* kept, Team, void* scratch);
+void matrices_second(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept, Team,
+                     void* scratch);
+
 // Component k in the next wider type (alone.h).
 double run_alone(const Job&, int64_t k, bool second, const double* step);
 

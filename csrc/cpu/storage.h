@@ -133,6 +133,16 @@ MK_FN void with_storage(Storage storage, const F& f) {
   }
 }
 
+// Calls f with a value of the job's arithmetic type.
+template <class F>
+MK_FN void with_arithmetic(const Job& job, const F& f) {
+  if (job.storage == Storage::float64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
 // One element, or the register full of elements from p on, as V says.
 template <class V, class S>
 MK_FN V get_as(const S* p) {

@@ -8,16 +8,6 @@ namespace mk {
 namespace MK_ISA {
 namespace {
 
-// Calls f with a value of the job's arithmetic type.
-template <class F>
-void with_arithmetic(const Job& job, const F& f) {
-  if (job.storage == Storage::float64) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
 void elements_whole(const Job& job, int64_t begin, int64_t end, Partial* out) {
   with_arithmetic(job, [&](auto r) { Elements<decltype(r)>(job).whole(begin, end, out); });
 }
@@ -66,6 +56,7 @@ void vectors_second(const Job& job, int64_t begin, int64_t end, double step, con
 extern const Kernels MK_TABLE(MK_ISA);
 const Kernels MK_TABLE(MK_ISA) = {MK_ISA::elements_whole, MK_ISA::elements_first, MK_ISA::elements_second,
                                   MK_ISA::lanes_whole,    MK_ISA::lanes_first,    MK_ISA::lanes_second,
-                                  MK_ISA::vectors_whole,  MK_ISA::vectors_first,  MK_ISA::vectors_second};
+                                  MK_ISA::vectors_whole,  MK_ISA::vectors_first,  MK_ISA::vectors_second,
+                                  MK_ISA::matrices_whole, MK_ISA::matrices_first, MK_ISA::matrices_second};
 
 }  // namespace mk
