@@ -6,15 +6,19 @@
 
 namespace mk {
 
-// U = Y (Y^T Y)^{-1/2} for Y (n x p, n >= p) of full rank. Y is overwritten.
+// Rotates the columns of Y (n x p) until they are orthogonal: Y <- Y V, where V (p x p) is the product of the
+// rotations.
 //
-// With Y V = U S (S diagonal, V the accumulated rotations), the polar factor is U V^T. Every pair's rotation is
-// accurate to rounding relative to its own columns, so that a long column does not spoil a short one.
+// Every pair's rotation is accurate to rounding relative to its own columns, so that a long column does not spoil a
+// short one, unless it is below `negligible_square`, which is nothing beside a matrix of size one: the tangent of its
+// rotation could not be squared.
+template <class R>
+constexpr R negligible_square = Limits<R>::epsilon * Limits<R>::epsilon * Limits<R>::epsilon;
+
 template <class T, class Size>
-MK_FN void jacobi_polar(T* Y, T* U, Size size) {
+MK_FN void jacobi_rotate(T* Y, T* V, Size size) {
   using R = Real<T>;
   const int n = size.n, p = size.p;
-  T V[Size::square_capacity];
   for (int i = 0; i < p; i++)
     for (int j = 0; j < p; j++) V[i * p + j] = T(i == j ? 1 : 0);
   // Convergence is quadratic; 30 sweeps are never reached by finite input.
@@ -28,7 +32,7 @@ MK_FN void jacobi_polar(T* Y, T* U, Size size) {
           bb = fma(Y[i * p + b], Y[i * p + b], bb);
           ab = fma(Y[i * p + a], Y[i * p + b], ab);
         }
-        const T size_ab = sqrt(aa) * sqrt(bb);
+        const T size_ab = sqrt(max(aa, T(negligible_square<R>))) * sqrt(max(bb, T(negligible_square<R>)));
         const auto still = !(abs(ab) > T(R(4) * Limits<R>::epsilon) * size_ab);
         worst = max(worst, select(still, T(0), T(1)));
         // tan of the angle: the smaller root of t^2 + 2 zeta t - 1 = 0
@@ -51,6 +55,17 @@ MK_FN void jacobi_polar(T* Y, T* U, Size size) {
     }
     if (!any(worst > T(0))) break;
   }
+}
+
+// U = Y (Y^T Y)^{-1/2} for Y (n x p, n >= p) of full rank. Y is overwritten.
+//
+// With Y V = U S (S diagonal, V the rotations), the polar factor is U V^T.
+template <class T, class Size>
+MK_FN void jacobi_polar(T* Y, T* U, Size size) {
+  using R = Real<T>;
+  const int n = size.n, p = size.p;
+  T V[Size::square_capacity];
+  jacobi_rotate(Y, V, size);
   for (int j = 0; j < p; j++) {
     T square = T(0);
     for (int i = 0; i < n; i++) square = fma(Y[i * p + j], Y[i * p + j], square);
