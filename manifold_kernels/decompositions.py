@@ -26,18 +26,18 @@ def _poison(x: Tensor) -> Tensor:
     return (0 * x).sum((-2, -1), keepdim=True)
 
 
-def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
+def torch_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     poison = _poison(x)
     q, r = torch.linalg.qr(x + poison)
     sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(x.dtype)
     return (q * sign.unsqueeze(-2) + poison).contiguous(), (r * sign.unsqueeze(-1)).contiguous()
 
 
-def _qf(x: Tensor) -> Tensor:
-    return _qr(x)[0]
+def torch_qf(x: Tensor) -> Tensor:
+    return torch_qr(x)[0]
 
 
-def _polar(x: Tensor) -> Tensor:
+def torch_polar(x: Tensor) -> Tensor:
     poison = _poison(x)
     u, _, vh = torch.linalg.svd(torch.where(poison == 0, x, 0), full_matrices=False)
     return (u @ vh + poison).contiguous()
@@ -117,26 +117,53 @@ def _polar_derivative(x: Tensor, q: Tensor, grad: Tensor) -> Tensor:
     return turned + torch.linalg.solve(h, grad - q @ a, left=False)
 
 
-def _save_qr(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output)
+class _Qr(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = torch.ops.manifold_kernels.qr(x)
+        return q, r
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
+        return _qr_derivative(*ctx.saved_tensors, grad_q, grad_r)
 
 
-def _qr_backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
-    return _qr_derivative(*ctx.saved_tensors, grad_q, grad_r)
+class _Factor(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
 
-def _save_factor(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
+class _Qf(_Factor):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        q: Tensor = torch.ops.manifold_kernels.qf(x)
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, q = ctx.saved_tensors
+        r = (q.mT @ x).triu()
+        return _qr_derivative(q, r, grad, torch.zeros_like(r))
 
 
-def _qf_backward(ctx: Any, grad: Tensor) -> Tensor:
-    x, q = ctx.saved_tensors
-    r = (q.mT @ x).triu()
-    return _qr_derivative(q, r, grad, torch.zeros_like(r))
+class _Polar(_Factor):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        q: Tensor = torch.ops.manifold_kernels.polar(x)
+        return q
 
-
-def _polar_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return _polar_derivative(*ctx.saved_tensors, grad)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _polar_derivative(*ctx.saved_tensors, grad)
 
 
 def _over_batches(op: Any) -> Any:
@@ -147,19 +174,35 @@ def _over_batches(op: Any) -> Any:
     return batched
 
 
-for _name, _kernel, _fake, _save, _backward in (
-    ("qr", _qr, _qr_fake, _save_qr, _qr_backward),
-    ("qf", _qf, _qf_fake, _save_factor, _qf_backward),
-    ("polar", _polar, _polar_fake, _save_factor, _polar_backward),
+for _name, _kernel, _fake, _function in (
+    ("qr", torch_qr, _qr_fake, _Qr),
+    ("qf", torch_qf, _qf_fake, _Qf),
+    ("polar", torch_polar, _polar_fake, _Polar),
 ):
     _qualified = f"manifold_kernels::{_name}"
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(_qualified, _fake, lib=_library)
-    torch.library.register_autograd(_qualified, _backward, setup_context=_save, lib=_library)
+    torch.library.register_autograd(
+        _qualified, _function.backward, setup_context=_function.setup_context, lib=_library
+    )
     torch.library.register_vmap(_qualified, _over_batches(getattr(torch.ops.manifold_kernels, _name)), lib=_library)
 
 ops.extension_error()  # loads the extension, which registers the kernels for the CPU
 
-qr = torch.ops.manifold_kernels.qr.default
-qf = torch.ops.manifold_kernels.qf.default
-polar = torch.ops.manifold_kernels.polar.default
+
+def qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator ``qr``, through a function that torch.func knows to differentiate."""
+    factors: tuple[Tensor, Tensor] = _Qr.apply(x)  # type: ignore[no-untyped-call]
+    return factors
+
+
+def qf(x: Tensor) -> Tensor:
+    """The operator ``qf`` likewise."""
+    q: Tensor = _Qf.apply(x)  # type: ignore[no-untyped-call]
+    return q
+
+
+def polar(x: Tensor) -> Tensor:
+    """The operator ``polar`` likewise."""
+    q: Tensor = _Polar.apply(x)  # type: ignore[no-untyped-call]
+    return q

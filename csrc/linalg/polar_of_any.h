@@ -7,21 +7,41 @@
 
 namespace mk {
 
-// What the factor needs beside A: four matrices p x p and the vectors of two QR decompositions.
+// What the factor needs beside A, whose columns are p: matrices p x p and the vectors of two QR decompositions.
 template <class T>
 struct PolarWork {
-  T *Y, *V, *M, *U;
+  T *Y, *V, *U;
   T* missing;  // p
   Reflections<T> of, of_completion;
 };
 
+// C (a x b) = A B^T for A (a x k), B (b x k), column-major; four elements at a time, whose sums do not wait for
+// another.
+template <class T>
+MK_FN void multiply_nt(const T* A, const T* B, T* C, int a, int b, int k) {
+  for (int j = 0; j < b; j++) {
+    for (int i = 0; i < a; i += 4) {
+      T sum[4] = {T(0), T(0), T(0), T(0)};
+      const int count = a - i < 4 ? a - i : 4;
+      for (int l = 0; l < k; l++) {
+        MK_UNROLL
+        for (int e = 0; e < 4; e++)
+          if (e < count) sum[e] = fma(A[l * a + i + e], B[l * b + j], sum[e]);
+      }
+      MK_UNROLL
+      for (int e = 0; e < 4; e++)
+        if (e < count) C[j * a + i + e] = sum[e];
+    }
+  }
+}
+
 // In the lanes where columns of U (p x p) are missing (1; else 0), they become some orthonormal completion of the
 // others. Of U and V only U V^T matters, so that both put them behind the others first: a QR decomposition keeps
-// orthonormal columns and goes on from there.
+// orthonormal columns and goes on from there. Y is overwritten.
 template <class T, class Size>
 __attribute__((noinline)) void complete(PolarWork<T> work, Size size) {
   const int p = size.p;
-  T *U = work.M, *V = work.V, *missing = work.missing;
+  T *U = work.U, *V = work.V, *Q = work.Y, *missing = work.missing;
   T deficient = T(0);
   for (int j = 0; j < p; j++) deficient = max(deficient, missing[j]);
   for (int end = p - 1; end > 0; end--) {
@@ -33,24 +53,21 @@ __attribute__((noinline)) void complete(PolarWork<T> work, Size size) {
         b = select(swap, was, b);
       };
       exchange(missing[j], missing[j + 1]);
-      for (int i = 0; i < p; i++) exchange(U[i * p + j], U[i * p + j + 1]);
-      for (int i = 0; i < p; i++) exchange(V[i * p + j], V[i * p + j + 1]);
+      for (int i = 0; i < p; i++) exchange(U[j * p + i], U[(j + 1) * p + i]);
+      for (int i = 0; i < p; i++) exchange(V[j * p + i], V[(j + 1) * p + i]);
     }
   }
-  T* Q = work.U;
-  for (int i = 0; i < p; i++)
-    for (int j = 0; j < p; j++) Q[j * p + i] = select(missing[j] > T(0), T(0), U[i * p + j]);
+  for (int j = 0; j < p; j++)
+    for (int i = 0; i < p; i++) Q[j * p + i] = select(missing[j] > T(0), T(0), U[j * p + i]);
   householder(Q, work.of_completion, size);
   reflections_to_q(Q, work.of_completion, size);
-  for (int i = 0; i < p; i++)
-    for (int j = 0; j < p; j++) U[i * p + j] = select(deficient > T(0), Q[j * p + i], U[i * p + j]);
+  for (int e = 0; e < p * p; e++) U[e] = select(deficient > T(0), Q[e], U[e]);
 }
 
-// Z <- the polar factor of A (n x p, n >= p), both column-major; A is overwritten.
+// Z <- the polar factor of A (n x p, n >= p), both column-major; A is overwritten. `square` is the size p x p.
 //
-// With A = Q R it is Q times the polar factor of R, whose transpose Jacobi rotations take to U S: R^T V = U S makes it
-// V U^T. Singular values below rounding of the largest leave no direction in U, and any completion is as good.
-// `square` is the size p x p.
+// With A = Q R it is Q times the polar factor of R, and that of R^T is U V^T where Jacobi rotations make R^T V = U S.
+// Singular values below rounding of the largest leave no direction in U, and any completion is as good.
 template <class T, class Size, class Square>
 MK_FN void polar_of_any(T* A, T* Z, PolarWork<T> work, Size size, Square square) {
   using R = Real<T>;
@@ -59,41 +76,29 @@ MK_FN void polar_of_any(T* A, T* Z, PolarWork<T> work, Size size, Square square)
   T largest = work.of.magnitude[0];
   for (int j = 1; j < p; j++) largest = max(largest, work.of.magnitude[j]);
   const T unit = T(1) / largest;
-  T *Y = work.Y, *V = work.V, *M = work.M;
+  T *Y = work.Y, *V = work.V, *U = work.U;
   for (int i = 0; i < p; i++) {
     work.of.magnitude[i] = work.of.magnitude[i] * unit;
-    for (int j = 0; j < p; j++) Y[i * p + j] = element_of_r(A, work.of, n, j, i);
+    for (int j = 0; j < p; j++) Y[j * p + i] = element_of_r(A, work.of, n, j, i);
   }
   reflections_to_q(A, work.of, size);
 
-  jacobi_rotate(Y, V, square);
+  jacobi_rotate<ColumnMajor>(Y, V, square);
   T deficient = T(0);
   for (int j = 0; j < p; j++) {
-    T length = T(0);
-    for (int i = 0; i < p; i++) length = fma(Y[i * p + j], Y[i * p + j], length);
+    const T length = square_norm(Y + j * p, p);
     work.missing[j] = select(length < T(negligible_square<R>), T(1), T(0));
     deficient = max(deficient, work.missing[j]);
     const T inverse = rsqrt(max(length, T(negligible_square<R>)));
-    for (int i = 0; i < p; i++) M[i * p + j] = Y[i * p + j] * inverse;
+    for (int i = 0; i < p; i++) U[j * p + i] = Y[j * p + i] * inverse;
   }
   if (any(deficient > T(0))) complete(work, square);
-  for (int i = 0; i < p; i++) {
-    for (int j = 0; j < p; j++) {
-      T sum = T(0);
-      for (int k = 0; k < p; k++) sum = fma(V[i * p + k], M[j * p + k], sum);
-      Y[i * p + j] = sum;
-    }
-  }
-  // The rounding errors of all rotations, out in one step.
-  defect(Y, V, square);
-  come_nearer(Y, V, T(0) <= T(0), square);
-  for (int j = 0; j < p; j++) {
-    for (int i = 0; i < n; i++) {
-      T sum = T(0);
-      for (int k = 0; k < p; k++) sum = fma(A[k * n + i], Y[k * p + j], sum);
-      Z[j * n + i] = sum;
-    }
-  }
+  T* factor = Y;
+  multiply_nt(U, V, factor, p, p, p);
+  // The rounding errors of all rotations, out in one step: of the transposed matrix, which is as orthonormal.
+  defect(factor, U, square);
+  come_nearer(factor, U, T(0) <= T(0), square);
+  multiply_nt(A, factor, Z, n, p, p);
 }
 
 }  // namespace mk

@@ -60,16 +60,16 @@ struct Qr {
 };
 
 struct Polar {
-  static constexpr int room(int n, int p) { return 2 * n * p + 4 * p * p + p + 2 * reflections(p, p); }
+  static constexpr int room(int n, int p) { return 2 * n * p + 3 * p * p + p + 2 * reflections(p, p); }
 
   template <class R, class Size>
   MK_FN static void run(const R* x, R* q, R*, Size size, Pack<R>* room) {
     const int n = size.n, p = size.p;
     Shelf<Pack<R>> shelf{room};
     Pack<R>*A = shelf.take(n * p), *Z = shelf.take(n * p);
-    const PolarWork<Pack<R>> work{shelf.take(p * p),           shelf.take(p * p), shelf.take(p * p),
-                                  shelf.take(p * p),           shelf.take(p),     shelf.take_reflections(p, p),
-                                  shelf.take_reflections(p, p)};
+    const PolarWork<Pack<R>> work{
+        shelf.take(p * p),           shelf.take(p * p), shelf.take(p * p), shelf.take(p), shelf.take_reflections(p, p),
+        shelf.take_reflections(p, p)};
     read_matrices(x, n, p, [&](int i, int j, Pack<R> one) { A[j * n + i] = one; });
     polar_of_any(A, Z, work, size, square_of(size));
     write_matrices(q, n, p, [&](int i, int j) { return Z[j * n + i]; });
