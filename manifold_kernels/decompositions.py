@@ -40,7 +40,8 @@ def torch_qf(x: Tensor) -> Tensor:
 def torch_polar(x: Tensor) -> Tensor:
     poison = _poison(x)
     u, _, vh = torch.linalg.svd(torch.where(poison == 0, x, 0), full_matrices=False)
-    return (u @ vh + poison).contiguous()
+    q: Tensor = (u @ vh + poison).contiguous()
+    return q
 
 
 def _qr_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,26 +59,28 @@ def _polar_fake(x: Tensor) -> Tensor:
 
 
 def _qr_derivative(q: Tensor, r: Tensor, grad_q: Tensor, grad_r: Tensor) -> Tensor:
-    """The gradient with respect to ``x = q r`` (Roberts & Roberts 2020, QR and LQ Decomposition Matrix Backpropagation).
+    """The gradient with respect to ``x = q r`` (Roberts & Roberts 2020, arXiv:2009.10071).
 
-    ``(grad_q + q copyltu(M)) r^{-T}`` with ``M = r grad_r^T - grad_q^T q``, where copyltu mirrors the lower triangle. Of a
-    wide ``x = [y z]`` the second part only meets ``r = [u v]`` in ``v = q^T z``.
+    ``(grad_q + q copyltu(M)) r^{-T}`` with ``M = r grad_r^T - grad_q^T q``, where copyltu mirrors the lower triangle.
+    Of a wide ``x = [y z]`` the second part only meets ``r = [u v]`` in ``v = q^T z``.
     """
     k, p = r.shape[-2:]
     if k == p:
         m = r @ grad_r.mT - grad_q.mT @ q
-        return torch.linalg.solve_triangular(r.mT, grad_q + q @ (m.tril() + m.tril(-1).mT), upper=False, left=False)
-    u, v = r[..., :k], r[..., k:]
-    grad_u, grad_v = grad_r[..., :k], grad_r[..., k:]
+        total = grad_q + q @ (m.tril() + m.tril(-1).mT)
+        grad: Tensor = torch.linalg.solve_triangular(r.mT, total, upper=False, left=False)
+        return grad
+    u, v = torch.split(r, (k, p - k), -1)
+    grad_u, grad_v = torch.split(grad_r, (k, p - k), -1)
     return torch.cat((_qr_derivative(q, u, grad_q + q @ v @ grad_v.mT, grad_u), q @ grad_v), -1)
 
 
 class _Lyapunov(torch.autograd.Function):
     """The solution ``S`` of ``H S + S H = B`` for a symmetric positive definite ``H``.
 
-    By eigenvalues, of which only sums appear, in the derivatives as well: automatic differentiation of the decomposition
-    would divide by their differences. With ``T`` the solution for a gradient ``G`` instead of ``B``, the gradients are ``T`` for ``B``
-    and ``-(T S^T + S^T T)`` for ``H``.
+    By eigenvalues, of which only sums appear, in the derivatives as well: automatic differentiation of the
+    decomposition would divide by their differences. With ``T`` the solution for a gradient ``G`` instead of ``B``,
+    the gradients are ``T`` for ``B`` and ``-(T S^T + S^T T)`` for ``H``.
     """
 
     generate_vmap_rule = True
@@ -114,7 +117,8 @@ def _polar_derivative(x: Tensor, q: Tensor, grad: Tensor) -> Tensor:
     turned: Tensor = q @ _Lyapunov.apply(h, a - a.mT)  # type: ignore[no-untyped-call]
     if n == p:
         return turned
-    return turned + torch.linalg.solve(h, grad - q @ a, left=False)
+    normal: Tensor = torch.linalg.solve(h, grad - q @ a, left=False)
+    return turned + normal
 
 
 class _Qr(torch.autograd.Function):
@@ -131,7 +135,8 @@ class _Qr(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
-        return _qr_derivative(*ctx.saved_tensors, grad_q, grad_r)
+        q, r = ctx.saved_tensors
+        return _qr_derivative(q, r, grad_q, grad_r)
 
 
 class _Factor(torch.autograd.Function):
@@ -163,7 +168,8 @@ class _Polar(_Factor):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _polar_derivative(*ctx.saved_tensors, grad)
+        x, q = ctx.saved_tensors
+        return _polar_derivative(x, q, grad)
 
 
 def _over_batches(op: Any) -> Any:
@@ -180,11 +186,9 @@ for _name, _kernel, _fake, _function in (
     ("polar", torch_polar, _polar_fake, _Polar),
 ):
     _qualified = f"manifold_kernels::{_name}"
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(_qualified, _fake, lib=_library)
-    torch.library.register_autograd(
-        _qualified, _function.backward, setup_context=_function.setup_context, lib=_library
-    )
+    torch.library.register_autograd(_qualified, _function.backward, setup_context=_function.setup_context, lib=_library)
     torch.library.register_vmap(_qualified, _over_batches(getattr(torch.ops.manifold_kernels, _name)), lib=_library)
 
 ops.extension_error()  # loads the extension, which registers the kernels for the CPU
@@ -195,8 +199,10 @@ ops.extension_error()  # loads the extension, which registers the kernels for th
 
 def qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """``manifold_kernels::qr``, differentiable under torch.func as well."""
-    factors: tuple[Tensor, Tensor] = _Qr.apply(x) if x.requires_grad else _Qr.forward(x)  # type: ignore[no-untyped-call]
-    return factors
+    if not x.requires_grad:
+        return _Qr.forward(x)
+    q, r = _Qr.apply(x)  # type: ignore[no-untyped-call]
+    return q, r
 
 
 def qf(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batched QR and polar decompositions: as LAPACK judges them, to the bit over batches and threads, and their derivatives."""
+"""Batched QR and polar decompositions: judged as LAPACK does, to the bit over batches and threads, differentiated."""
 
 from __future__ import annotations
 

@@ -8,6 +8,12 @@
 
 namespace mk {
 
+// A size known at run time only: its code is compiled once for a lane type, and not into every caller.
+struct RunTimeSize {
+  int n, p;
+  static constexpr int square_capacity = 64;  // what a row is kept in: p <= 64 where n >= p
+};
+
 // What the decomposition of A (n x p) leaves beside it, k = min(n, p). A itself holds R above the diagonal and, from
 // the diagonal down, the vectors v_j of the reflections H_j = I - weight_j v_j v_j^T.
 template <class T>
@@ -163,6 +169,11 @@ MK_FN void householder(T* A, Reflections<T> of, Size size) {
   }
 }
 
+template <class T>
+__attribute__((noinline)) void householder(T* A, Reflections<T> of, RunTimeSize size) {
+  householder<T, RunTimeSize>(A, of, size);
+}
+
 // Column j, which holds the vector of H_j, becomes sign_j H_j e_j.
 template <class T>
 MK_FN void reflected_unit(T* A, Reflections<T> of, int n, int j) {
@@ -190,6 +201,11 @@ MK_FN void reflections_to_q(T* A, Reflections<T> of, Size size) {
     }
     reflected_unit(A, of, n, j);
   }
+}
+
+template <class T>
+__attribute__((noinline)) void reflections_to_q(T* A, Reflections<T> of, RunTimeSize size) {
+  reflections_to_q<T, RunTimeSize>(A, of, size);
 }
 
 // Element (i, j) of R.

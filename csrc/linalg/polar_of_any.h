@@ -38,9 +38,8 @@ MK_FN void multiply_nt(const T* A, const T* B, T* C, int a, int b, int k) {
 // In the lanes where columns of U (p x p) are missing (1; else 0), they become some orthonormal completion of the
 // others. Of U and V only U V^T matters, so that both put them behind the others first: a QR decomposition keeps
 // orthonormal columns and goes on from there. Y is overwritten.
-template <class T, class Size>
-__attribute__((noinline)) void complete(PolarWork<T> work, Size size) {
-  const int p = size.p;
+template <class T>
+__attribute__((noinline)) void complete(PolarWork<T> work, int p) {
   T *U = work.U, *V = work.V, *Q = work.Y, *missing = work.missing;
   T deficient = T(0);
   for (int j = 0; j < p; j++) deficient = max(deficient, missing[j]);
@@ -59,8 +58,8 @@ __attribute__((noinline)) void complete(PolarWork<T> work, Size size) {
   }
   for (int j = 0; j < p; j++)
     for (int i = 0; i < p; i++) Q[j * p + i] = select(missing[j] > T(0), T(0), U[j * p + i]);
-  householder(Q, work.of_completion, size);
-  reflections_to_q(Q, work.of_completion, size);
+  householder(Q, work.of_completion, RunTimeSize{p, p});
+  reflections_to_q(Q, work.of_completion, RunTimeSize{p, p});
   for (int e = 0; e < p * p; e++) U[e] = select(deficient > T(0), Q[e], U[e]);
 }
 
@@ -92,7 +91,7 @@ MK_FN void polar_of_any(T* A, T* Z, PolarWork<T> work, Size size, Square square)
     const T inverse = rsqrt(max(length, T(negligible_square<R>)));
     for (int i = 0; i < p; i++) U[j * p + i] = Y[j * p + i] * inverse;
   }
-  if (any(deficient > T(0))) complete(work, square);
+  if (any(deficient > T(0))) complete(work, p);
   T* factor = Y;
   multiply_nt(U, V, factor, p, p, p);
   // The rounding errors of all rotations, out in one step: of the transposed matrix, which is as orthonormal.

@@ -15,17 +15,11 @@ MK_FN Pack<R> without_mantissa(Pack<R> x) {
 
 namespace {
 
-// A size known at run time only; square_capacity is what come_nearer keeps a row in.
-struct AnySize {
-  int n, p;
-  static constexpr int square_capacity = 64;
-};
-
 template <int N, int P>
 MK_FN constexpr Fixed<P, P> square_of(Fixed<N, P>) {
   return {};
 }
-MK_FN AnySize square_of(AnySize size) { return {size.p, size.p}; }
+MK_FN RunTimeSize square_of(RunTimeSize size) { return {size.p, size.p}; }
 
 // Registers one after the other from a piece of memory.
 template <class T>
@@ -83,29 +77,41 @@ MK_FN void block(const R* x, R* q, R* r, Fixed<N, P> size, Pack<R>*) {
   Which::run(x, q, r, size, room);
 }
 template <class Which, class R>
-MK_FN void block(const R* x, R* q, R* r, AnySize size, Pack<R>* room) {
+MK_FN void block(const R* x, R* q, R* r, RunTimeSize size, Pack<R>* room) {
   Which::run(x, q, r, size, room);
+}
+
+template <class R>
+MK_FN void copy(const R* from, R* to, int count) {
+  for (int e = 0; e < count; e++) to[e] = from[e];
 }
 
 template <class Which, class R, class Size>
 void blocks(const Batch& batch, int64_t begin, int64_t end, Size size, void* scratch) {
   constexpr int lanes = Pack<R>::lanes;
   const int n = size.n, p = size.p, k = min_of(n, p);
-  const R* x = static_cast<const R*>(batch.x);
-  R *q = static_cast<R*>(batch.q), *r = static_cast<R*>(batch.r);
   Pack<R>* room = static_cast<Pack<R>*>(scratch);
-  int64_t b = begin;
-  for (; b + lanes <= end; b += lanes)
-    block<Which>(x + b * n * p, q + b * n * k, r ? r + b * k * p : nullptr, size, room);
-  if (b == end) return;
-  const int count = int(end - b);
-  R* padded = reinterpret_cast<R*>(room + Which::room(n, p));
-  R *padded_q = padded + lanes * n * p, *padded_r = padded_q + lanes * n * k;
-  for (int e = 0; e < lanes * n * p; e++) padded[e] = e < count * n * p ? x[b * n * p + e] : R(0);
-  block<Which>(padded, padded_q, r ? padded_r : nullptr, size, room);
-  for (int e = 0; e < count * n * k; e++) q[b * n * k + e] = padded_q[e];
-  if (r)
-    for (int e = 0; e < count * k * p; e++) r[b * k * p + e] = padded_r[e];
+  // The last block may have fewer matrices than lanes, which are copied to where there is room for all.
+  R* spare = reinterpret_cast<R*>(room + Which::room(n, p));
+  R *spare_q = spare + lanes * n * p, *spare_r = spare_q + lanes * n * k;
+  for (int64_t b = begin; b < end; b += lanes) {
+    const int count = int(end - b);
+    const R* x = static_cast<const R*>(batch.x) + b * n * p;
+    R *q = static_cast<R*>(batch.q) + b * n * k, *q_here = q;
+    R *r = batch.r ? static_cast<R*>(batch.r) + b * k * p : nullptr, *r_here = r;
+    if (count < lanes) {
+      copy(x, spare, count * n * p);
+      for (int e = count * n * p; e < lanes * n * p; e++) spare[e] = R(0);
+      x = spare;
+      q_here = spare_q;
+      r_here = r ? spare_r : nullptr;
+    }
+    block<Which>(x, q_here, r_here, size, room);
+    if (count < lanes) {
+      copy(spare_q, q, count * n * k);
+      if (r) copy(spare_r, r, count * k * p);
+    }
+  }
 }
 
 // The sizes with bodies of their own.
@@ -122,7 +128,7 @@ void any_blocks(const Batch& batch, int64_t begin, int64_t end, void* scratch) {
   if (n == N && p == P) return blocks<Which, R>(batch, begin, end, Fixed<N, P>{}, scratch);
   MK_DECOMPOSED_SIZES(MK_RUN)
 #undef MK_RUN
-  blocks<Which, R>(batch, begin, end, AnySize{n, p}, scratch);
+  blocks<Which, R>(batch, begin, end, RunTimeSize{n, p}, scratch);
 }
 
 template <class Which>
@@ -131,7 +137,6 @@ void run(const Batch& batch, int64_t begin, int64_t end, void* scratch) {
                   : any_blocks<Which, float>(batch, begin, end, scratch);
 }
 
-// The last block may have fewer matrices than lanes, which are copied to where there is room for all.
 int64_t scratch_bytes(const Batch& batch) {
   const int n = int(batch.n), p = int(batch.p);
   const int64_t room = n < p ? Qr::room(n, p) : Polar::room(n, p);
