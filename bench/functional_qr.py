@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from options import at_least, threads
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -44,28 +45,20 @@ def main() -> None:
     parser.add_argument("--threads", type=at_least(1), nargs="+", default=[1, torch.get_num_threads()])
     options = parser.parse_args()
     torch.manual_seed(0)
+    console = Console(width=180)
     for count in sorted(set(options.threads)):
-        table = Table(title=f"nanoseconds a matrix, {count} threads, medians of {options.repeats}")
-        for heading in (
-            "dtype",
-            "n x p",
-            "matrices",
-            "linalg.qr",
-            "qr",
-            "ratio",
-            "qf",
-            "ratio",
-            "svd",
-            "polar",
-            "ratio",
-        ):
-            table.add_column(heading, justify="right")
+        title = (
+            f"nanoseconds a matrix and how many times faster, {count} threads: medians of {options.repeats} (minima)"
+        )
+        table = Table(title=title, box=SIMPLE_HEAD)
+        for heading in ("", "n x p", "matrices", "linalg.qr", "qr", "", "qf", "", "linalg.svd", "polar", ""):
+            table.add_column(heading, justify="right", no_wrap=True)
         with threads(count):
             for dtype in (torch.float32, torch.float64):
                 for n, p, matrices in SIZES:
                     cells = row(torch.randn(matrices, n, p, dtype=dtype), options.repeats)
                     table.add_row(str(dtype).removeprefix("torch."), f"{n} x {p}", str(matrices), *cells)
-        Console().print(table)
+        console.print(table)
 
 
 def row(x: torch.Tensor, repeats: int) -> list[str]:
@@ -73,17 +66,21 @@ def row(x: torch.Tensor, repeats: int) -> list[str]:
     few = x[:POLAR_MATRICES]
     decompositions = [lambda: torch.linalg.qr(x), lambda: functional.qr(x), lambda: functional.qf(x)]
     polars = [lambda: torch.linalg.svd(few, full_matrices=False), lambda: functional.polar(few)]
-    theirs, qr, qf = (1e9 / len(x) * seconds for seconds in medians(decompositions, repeats))
-    svd, polar = (1e9 / len(few) * seconds for seconds in medians(polars, max(1, repeats // 3)))
-    ratios = [(qr, theirs), (qf, theirs)]
-    cells = [f"{theirs:.0f}", *(text for own, peer in ratios for text in (f"{own:.1f}", f"{peer / own:.1f}"))]
-    return [*cells, f"{svd:.0f}", f"{polar:.1f}", f"{svd / polar:.1f}"]
+    return compared(decompositions, len(x), repeats) + compared(polars, len(few), max(1, repeats // 3))
 
 
-def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds a call, interleaved, after one call each that is not counted."""
-    times = [[_time(function) for function in functions] for _ in range(repeats + 1)][1:]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+def compared(functions: list[Callable[[], object]], matrices: int, repeats: int) -> list[str]:
+    """Times of the first function, then times and ratios of the others; interleaved, one call each that is not counted.
+
+    Beside medians stand minima, which say more on a machine that others use as well.
+    """
+    rounds = [[_time(function) for function in functions] for _ in range(repeats + 1)][1:]
+    columns = [[1e9 / matrices * seconds for seconds in column] for column in zip(*rounds, strict=True)]
+    median, least = [statistics.median(column) for column in columns], [min(column) for column in columns]
+    cells = [f"{median[0]:.0f} ({least[0]:.0f})"]
+    for i in range(1, len(functions)):
+        cells += [f"{median[i]:.0f} ({least[i]:.0f})", f"{median[0] / median[i]:.1f} ({least[0] / least[i]:.1f})"]
+    return cells
 
 
 def _time(function: Callable[[], object]) -> float:

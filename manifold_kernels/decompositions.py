@@ -70,8 +70,8 @@ def _qr_derivative(q: Tensor, r: Tensor, grad_q: Tensor, grad_r: Tensor) -> Tens
         total = grad_q + q @ (m.tril() + m.tril(-1).mT)
         grad: Tensor = torch.linalg.solve_triangular(r.mT, total, upper=False, left=False)
         return grad
-    u, v = torch.split(r, (k, p - k), -1)
-    grad_u, grad_v = torch.split(grad_r, (k, p - k), -1)
+    u, v = torch.split(r, [k, p - k], -1)
+    grad_u, grad_v = torch.split(grad_r, [k, p - k], -1)
     return torch.cat((_qr_derivative(q, u, grad_q + q @ v @ grad_v.mT, grad_u), q @ grad_v), -1)
 
 
