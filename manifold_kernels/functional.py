@@ -1,8 +1,10 @@
 """Riemannian geometry of weights as functions on tensors ``(..., n, p)``, differentiable by autograd.
 
-Every function takes a batch of matrices of type float32 or float64, and a :class:`~manifold_kernels.manifolds.Manifold`
-(or its name) whose scale is a number or ``"unit"``. Shapes must agree; wrong ones raise ``ValueError``. The mathematics
-is the reference backend's. :func:`project_weight_` and :func:`weight_violation` work on whole weights of any type.
+Every function takes a batch of matrices of type float32 or float64, and a
+:class:`~manifold_kernels.manifolds.Manifold` (or its name) whose scale is a number or ``"unit"``. Shapes must agree;
+wrong ones raise ``ValueError``. The mathematics is the reference backend's, but for :func:`qr`, :func:`qf` and
+:func:`polar`, which are operators with compiled kernels for the CPU. :func:`project_weight_` and
+:func:`weight_violation` work on whole weights of any type.
 
 >>> import torch
 >>> from manifold_kernels import functional as F
@@ -17,9 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_kernels import fit, manifolds, views
+from manifold_kernels import decompositions, fit, manifolds, views
 from manifold_kernels.manifolds import Grassmann, Manifold
-from manifold_kernels.reference import stiefel
 from manifold_kernels.reference.geometry import Geometry
 from manifold_kernels.reference.registry import GEOMETRIES
 from manifold_kernels.views import Layout
@@ -168,26 +169,48 @@ def violation(manifold: Spec, x: Tensor) -> Tensor:
 def qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """The thin QR decomposition with ``diag(r) >= 0``: q ``(..., n, k)`` and r ``(..., k, p)``, k = min(n, p).
 
-    Unique where the columns of x are independent; q is orthonormal for any finite x. Differentiable where the first k
-    columns are independent.
+    Unique where the first k columns of x are independent; q is orthonormal for any finite x, also where columns are
+    zero or repeat each other. Differentiable any number of times where the first k columns are independent. A matrix
+    with NaN or Inf has NaN in all of q, and in r from the diagonal on.
+
+    On the CPU matrices of up to 2048 elements take the compiled kernels, many at a time, which is many times faster
+    than :func:`torch.linalg.qr`; larger ones, other devices and an installation without the kernels take that
+    function. For a given x, the kernels give the same bits at any place in a batch and for any number of threads.
+
+    Raises:
+        ValueError: no matrices, or empty ones.
+        TypeError: other types than float32 and float64.
 
     >>> qr(torch.tensor([[-2.0], [0.0]]))[1].item()
     2.0
     """
     _matrices("x", x)
-    return stiefel.positive_qr(x)
+    return decompositions.qr(x)
+
+
+def qf(x: Tensor) -> Tensor:
+    """The q of :func:`qr` alone, to which the "qr" retraction takes ``x = w + v``.
+
+    >>> qf(torch.tensor([[-2.0], [0.0]])).tolist()
+    [[-1.0], [0.0]]
+    """
+    _matrices("x", x)
+    return decompositions.qf(x)
 
 
 def polar(x: Tensor) -> Tensor:
     """The orthonormal factor ``x (x^T x)^{-1/2}`` of the polar decomposition (rows orthonormal where n < p).
 
-    Once differentiable where x has full rank, repeated singular values included.
+    The nearest matrix with orthonormal columns, for any finite x: where the rank is not full there are several, and
+    it is one of them. Differentiable any number of times where x has full rank, repeated singular values included. A
+    matrix with NaN or Inf becomes NaN. Kernels, bits and errors as for :func:`qr`, :func:`torch.linalg.svd`
+    elsewhere.
 
     >>> polar(torch.diag(torch.tensor([2.0, 3.0]))).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
     _matrices("x", x)
-    return stiefel.polar(x)
+    return decompositions.polar(x)
 
 
 def orthogonality_penalty(rows: Tensor, alpha: float) -> Tensor:

@@ -6,7 +6,7 @@
 
 #include "cpu/job_rules.h"
 #include "cpu/matrix_memory.h"
-#include "linalg/householder.h"
+#include "linalg/householder_qf.h"
 
 namespace mk {
 namespace MK_ISA {

@@ -6,17 +6,28 @@
 
 namespace mk {
 
-// U = Y (Y^T Y)^{-1/2} for Y (n x p, n >= p) of full rank. Y is overwritten.
-//
-// With Y V = U S (S diagonal, V the accumulated rotations), the polar factor is U V^T. Every pair's rotation is
-// accurate to rounding relative to its own columns, so that a long column does not spoil a short one.
-template <class T, class Size>
-MK_FN void jacobi_polar(T* Y, T* U, Size size) {
+// Where element (i, j) of an n x p matrix stands.
+struct RowMajor {
+  MK_FN static int at(int i, int j, int, int p) { return i * p + j; }
+};
+struct ColumnMajor {
+  MK_FN static int at(int i, int j, int n, int) { return j * n + i; }
+};
+
+// Columns whose square is below are nothing beside a matrix of size one, and are not turned by themselves: zeta could
+// not be squared.
+template <class R>
+constexpr R negligible_square = Limits<R>::epsilon * Limits<R>::epsilon * Limits<R>::epsilon;
+
+// Rotates the columns of Y (n x p) until they are orthogonal: Y <- Y V, where V (p x p) is the product of the
+// rotations. Every pair's rotation is accurate to rounding relative to its own columns, so that a long column does not
+// spoil a short one.
+template <class Order, class T, class Size>
+MK_FN void jacobi_rotate(T* Y, T* V, Size size) {
   using R = Real<T>;
   const int n = size.n, p = size.p;
-  T V[Size::square_capacity];
   for (int i = 0; i < p; i++)
-    for (int j = 0; j < p; j++) V[i * p + j] = T(i == j ? 1 : 0);
+    for (int j = 0; j < p; j++) V[Order::at(i, j, p, p)] = T(i == j ? 1 : 0);
   // Convergence is quadratic; 30 sweeps are never reached by finite input.
   for (int sweep = 0; sweep < 30; sweep++) {
     T worst = T(0);
@@ -24,11 +35,11 @@ MK_FN void jacobi_polar(T* Y, T* U, Size size) {
       for (int b = a + 1; b < p; b++) {
         T aa = T(0), bb = T(0), ab = T(0);
         for (int i = 0; i < n; i++) {
-          aa = fma(Y[i * p + a], Y[i * p + a], aa);
-          bb = fma(Y[i * p + b], Y[i * p + b], bb);
-          ab = fma(Y[i * p + a], Y[i * p + b], ab);
+          aa = fma(Y[Order::at(i, a, n, p)], Y[Order::at(i, a, n, p)], aa);
+          bb = fma(Y[Order::at(i, b, n, p)], Y[Order::at(i, b, n, p)], bb);
+          ab = fma(Y[Order::at(i, a, n, p)], Y[Order::at(i, b, n, p)], ab);
         }
-        const T size_ab = sqrt(aa) * sqrt(bb);
+        const T size_ab = sqrt(max(aa, T(negligible_square<R>))) * sqrt(max(bb, T(negligible_square<R>)));
         const auto still = !(abs(ab) > T(R(4) * Limits<R>::epsilon) * size_ab);
         worst = max(worst, select(still, T(0), T(1)));
         // tan of the angle: the smaller root of t^2 + 2 zeta t - 1 = 0
@@ -38,19 +49,30 @@ MK_FN void jacobi_polar(T* Y, T* U, Size size) {
         const T c = rsqrt(fma(t, t, T(1)));
         const T s = c * t;
         for (int i = 0; i < n; i++) {
-          const T x = Y[i * p + a], y = Y[i * p + b];
-          Y[i * p + a] = fma(c, x, -(s * y));
-          Y[i * p + b] = fma(s, x, c * y);
+          const T x = Y[Order::at(i, a, n, p)], y = Y[Order::at(i, b, n, p)];
+          Y[Order::at(i, a, n, p)] = fma(c, x, -(s * y));
+          Y[Order::at(i, b, n, p)] = fma(s, x, c * y);
         }
         for (int i = 0; i < p; i++) {
-          const T x = V[i * p + a], y = V[i * p + b];
-          V[i * p + a] = fma(c, x, -(s * y));
-          V[i * p + b] = fma(s, x, c * y);
+          const T x = V[Order::at(i, a, p, p)], y = V[Order::at(i, b, p, p)];
+          V[Order::at(i, a, p, p)] = fma(c, x, -(s * y));
+          V[Order::at(i, b, p, p)] = fma(s, x, c * y);
         }
       }
     }
     if (!any(worst > T(0))) break;
   }
+}
+
+// U = Y (Y^T Y)^{-1/2} for Y (n x p, n >= p) of full rank. Y is overwritten.
+//
+// With Y V = U S (S diagonal, V the rotations), the polar factor is U V^T.
+template <class T, class Size>
+MK_FN void jacobi_polar(T* Y, T* U, Size size) {
+  using R = Real<T>;
+  const int n = size.n, p = size.p;
+  T V[Size::square_capacity];
+  jacobi_rotate<RowMajor>(Y, V, size);
   for (int j = 0; j < p; j++) {
     T square = T(0);
     for (int i = 0; i < n; i++) square = fma(Y[i * p + j], Y[i * p + j], square);
