@@ -16,6 +16,9 @@ from manifold_kernels.bench.workloads import WORKLOADS, Workload
 QUICK_WORKLOADS = ("conv 256x256x3x3", "ResNet-20", "rows 512x4608")
 QUICK_METHODS = ("sphere", "oblique", "stiefel", "PIO", "PSI-SGDM")
 
+#: What peers have for a backend.
+PEER = "peer"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -108,7 +111,7 @@ def _case(workload: Workload, method: Method, backend: str, threads: int) -> Cas
 
 def _peer_case(workload: Workload, peer: Peer, threads: int) -> Case:
     subject = partial(peer.step, workload)
-    return Case(workload, peer.name, "torch", threads, 5, subject, partial(yardstick, workload))
+    return Case(workload, peer.name, PEER, threads, 5, subject, partial(yardstick, workload))
 
 
 def usable(peers: Sequence[Peer] = PEERS) -> tuple[list[Peer], dict[str, str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manifold_kernels.bench.cases import Case
+from manifold_kernels.bench.cases import PEER, Case
 
 #: Turns of a case: enough for quartiles of a slow one, and an end for a fast one.
 _FEWEST, _MOST = 5, 4000
@@ -51,7 +51,7 @@ class Result:
     @property
     def column(self) -> str:
         """The method, and the backend where it is not the default one."""
-        return self.method if self.backend in ("auto", "torch") else f"{self.method}, {self.backend}"
+        return self.method if self.backend in ("auto", PEER) else f"{self.method}, {self.backend}"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The same step by other means: geoopt, plain PyTorch, eager and compiled, and what is done instead of one.
 
 Peers have the kernels as batches of matrices ``(count, n, p)`` or rows, which is what they want, at unit scale; weights
-that lie on no manifold take fused SGD. Both Stiefel steps of PyTorch retract by QR.
+that lie on no manifold take fused SGD.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from manifold_kernels.bench import formulas
 from manifold_kernels.bench.methods import LR, MOMENTUM, Step, constrained
 from manifold_kernels.bench.workloads import Workload
 from manifold_kernels.manifolds import BY_NAME
@@ -90,15 +90,26 @@ def _geoopt(workload: Workload, manifold: str) -> Step:
 
 
 def _eager(workload: Workload, manifold: str) -> Step:
-    one = {"sphere": _sphere, "stiefel": _stiefel_by_library}[manifold]
-    return _Batches.of(workload, manifold).step_with(partial(_each, one))
+    retract = partial(formulas.each, formulas.BY_LIBRARY[manifold])
+
+    def step(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+        formulas.accumulate(grads, momenta)
+        retract(weights, momenta)
+
+    return _Batches.of(workload, manifold).step_with(step)
 
 
 def _compiled(workload: Workload, manifold: str) -> Step:
+    """Two graphs: in one, torch 2.13 cannot compile the sphere (a KeyError in the fusion of outer loops)."""
     torch._dynamo.reset()  # the generated code has its number of threads in it
-    one = {"sphere": _sphere, "stiefel": _stiefel_by_formula}[manifold]
-    compiled = torch.compile(partial(_each, one), dynamic=False, fullgraph=True)
-    return _Batches.of(workload, manifold).step_with(compiled)
+    accumulate = torch.compile(formulas.accumulate, dynamic=False, fullgraph=True)
+    retract = torch.compile(partial(formulas.each, formulas.FUSIBLE[manifold]), dynamic=False, fullgraph=True)
+
+    def step(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+        accumulate(grads, momenta)
+        retract(weights, momenta)
+
+    return _Batches.of(workload, manifold).step_with(step)
 
 
 def _normalised(workload: Workload, manifold: str) -> Step:
@@ -114,64 +125,6 @@ def _normalised(workload: Workload, manifold: str) -> Step:
             weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
 
     return step
-
-
-def _each(
-    one: Callable[[Tensor, Tensor], Tensor], weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
-) -> None:
-    for w, g, m in zip(weights, grads, momenta, strict=True):
-        m.mul_(MOMENTUM).add_(g)
-        w.copy_(one(w, m))
-
-
-def _sphere(w: Tensor, m: Tensor) -> Tensor:
-    y = w - LR * (m - w * (w * m).sum(1, keepdim=True))
-    return functional.normalize(y, dim=1)
-
-
-def _stiefel_by_library(w: Tensor, m: Tensor) -> Tensor:
-    s = w.mT @ m
-    q, r = torch.linalg.qr(w - LR * (m - w @ (s + s.mT) / 2))
-    return torch.mul(q, r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
-
-
-def _stiefel_by_formula(w: Tensor, m: Tensor) -> Tensor:
-    """What a compiler can fuse: Gram-Schmidt on single elements up to 4x4, above it an iteration of matrix products."""
-    if max(w.shape[1:]) <= 4:
-        return _gram_schmidt(w, m)
-    s = w.mT @ m
-    y = w - LR * (m - w @ (s + s.mT) / 2)
-    # X <- X (I - up(X^T X - I)) has the limit qf(Y), quadratically; a short step needs two.
-    for _ in range(2):
-        excess = y.mT @ y - torch.eye(y.shape[2])
-        y = y - y @ (excess.triu(1) + torch.diag_embed(excess.diagonal(dim1=-2, dim2=-1) / 2))
-    return y
-
-
-def _gram_schmidt(w: Tensor, m: Tensor) -> Tensor:
-    n, p = w.shape[1:]
-    ws = [[w[:, i, j] for i in range(n)] for j in range(p)]  # columns
-    ms = [[m[:, i, j] for i in range(n)] for j in range(p)]
-    s = [[_dot(a, b) for b in ms] for a in ws]
-    columns: list[list[Tensor]] = []
-    for j in range(p):
-        v = []
-        for i in range(n):
-            turned = sum((ws[k][i] * (s[k][j] + s[j][k]) for k in range(p)), torch.zeros(()))
-            v.append(ws[j][i] - LR * (ms[j][i] - turned / 2))
-        for q in columns:
-            along = _dot(q, v)
-            v = [x - along * y for x, y in zip(v, q, strict=True)]
-        length = _dot(v, v).rsqrt()
-        columns.append([x * length for x in v])
-    return torch.stack([columns[j][i] for i in range(n) for j in range(p)], 1).reshape(w.shape)
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    total = a[0] * b[0]
-    for x, y in zip(a[1:], b[1:], strict=True):
-        total = total + x * y
-    return total
 
 
 def _nothing_missing() -> None:

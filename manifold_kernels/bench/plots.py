@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from manifold_kernels.bench.cases import PEER
 from manifold_kernels.bench.measure import Result
-from manifold_kernels.bench.peers import PEERS
 from manifold_kernels.bench.report import Report
 from manifold_kernels.bench.workloads import SERIES
-
-_PEERS = {peer.name for peer in PEERS}
 
 
 def missing() -> str | None:
@@ -32,8 +30,8 @@ def draw(report: Report, folder: Path) -> list[Path]:
     if (reason := missing()) is not None:
         raise ImportError(reason)
     folder.mkdir(parents=True, exist_ok=True)
-    own = [line for line in report.results if line.method not in _PEERS]
-    peers = [line for line in report.results if line.method in _PEERS]
+    own = [line for line in report.results if line.backend != PEER]
+    peers = [line for line in report.results if line.backend == PEER]
     series = [line for line in own if line.workload in SERIES and line.backend == own[0].backend]
     drawn = []
     if own:

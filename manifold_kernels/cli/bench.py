@@ -13,7 +13,7 @@ from rich.table import Table
 
 from manifold_kernels import info
 from manifold_kernels.bench import plots as drawing
-from manifold_kernels.bench.cases import QUICK_METHODS, QUICK_WORKLOADS, Case, cases, usable
+from manifold_kernels.bench.cases import PEER, QUICK_METHODS, QUICK_WORKLOADS, Case, cases, usable
 from manifold_kernels.bench.measure import Result, copy_bandwidth, measure, threads
 from manifold_kernels.bench.report import Report
 
@@ -92,7 +92,14 @@ def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Conso
                         for case in group:
                             progress.update(task, description=f"{case.workload.name}, {case.method}, {count} threads")
                             progress.refresh()
-                            results.append(measure(case, seconds, repeats))
+                            try:
+                                results.append(measure(case, seconds, repeats))
+                            except RuntimeError as error:
+                                if case.backend != PEER:
+                                    raise
+                                progress.console.print(
+                                    f"[yellow]{case.method} fails on {case.workload.name}:[/] {error}"
+                                )
                             progress.advance(task)
                 progress.console.print(_table(results[first:]))
         except KeyboardInterrupt:
