@@ -69,12 +69,12 @@ def _conv(name: str, methods: Sequence[str], *shape: int, peers: bool = False) -
 
 _PRODUCTS = ("sphere*", "oblique*", "stiefel*")
 _ROWS = ("PSI-SGD", "PSI-SGDM", "SGD-G", "Adam-G")
-_SERIES = ("euclidean", "sphere", "stiefel")
+_SERIES = ("euclidean", "sphere", "oblique", "stiefel")
 _CONV3 = ("euclidean", *_PRODUCTS, *_ROWS)
 
 _CONV_256 = _conv("conv 256x256x3x3", _CONV3, 256, 256, 3, 3, peers=True)
 _CONV_1024 = _conv("conv 1024x1024x3x3", _CONV3, 1024, 1024, 3, 3, peers=True)
-_LINEAR = ("sphere", "oblique", "stiefel*")
+_LINEAR = ("sphere", "oblique", "stiefel", "stiefel [a-z]*")  # one component is one layer
 
 
 def _variant(of: Workload, name: str, **changes: object) -> Workload:

@@ -117,14 +117,13 @@ def _table(results: list[Result]) -> Table:
     title = f"{of.workload}: {of.elements:,} weights; time / that of {of.baseline}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
-    for heading in ("threads", "turns", "other ms", "step ms", "ratio", "quartiles", "GB/s"):
+    for heading in ("thr.", "other ms", "step ms", "ratio", "quartiles", "GB/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for line in results:
         low, high = line.ratio_quartiles
         table.add_row(
             line.column,
             str(line.threads),
-            str(line.turns),
             f"{line.baseline_ms:.3f}",
             f"{line.step_ms:.3f}",
             f"{line.ratio:.2f}",
