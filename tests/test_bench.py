@@ -16,7 +16,7 @@ from manifold_kernels import functional
 from manifold_kernels.bench import cases as selection
 from manifold_kernels.bench import formulas, networks, peers, plots, workloads
 from manifold_kernels.bench.cases import Case, cases
-from manifold_kernels.bench.measure import Result, measure
+from manifold_kernels.bench.measure import Bandwidth, Result, measure
 from manifold_kernels.bench.methods import METHODS, RETRACTIONS, Method
 from manifold_kernels.bench.peers import PEERS, Peer
 from manifold_kernels.bench.report import Report
@@ -41,13 +41,13 @@ ROWS = Workload("rows", partial(nn.Linear, 9, 4, bias=False), ("*",), linear=Tru
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command on small workloads; 3x3 convolutions of two sizes make a curve."""
     series = [
-        Workload(f"conv {size}", partial(networks.conv, size, size, 3), ("sphere", "PSI*"), peers=True)
+        Workload(f"conv {size}", partial(networks.conv, size, size, 3), ("sphere", "PSI-SGD"), peers=True)
         for size in (2, 4)
     ]
     half = replace(series[0], name="conv 2 bfloat16", dtype=torch.bfloat16, against=series[0])
     monkeypatch.setattr(selection, "WORKLOADS", (*series, half))
     monkeypatch.setattr(plots, "SERIES", ("conv 2", "conv 4"))
-    monkeypatch.setattr(command, "copy_bandwidth", lambda: 10.0)
+    monkeypatch.setattr(command, "bandwidth", lambda: Bandwidth(copy=10.0, update=15.0))
     yield
 
 
@@ -108,7 +108,8 @@ def test_patterns_select_and_a_wrong_one_is_refused() -> None:
 
 def test_quick_names_what_there_is() -> None:
     found = {(case.workload.name, case.method) for case in cases(workloads=selection.QUICK_WORKLOADS)}
-    assert set(selection.QUICK_METHODS) <= {method for _, method in found}
+    assert {*selection.QUICK_METHODS} <= {method for _, method in found}
+    assert {*selection.QUICK_WORKLOADS} == {workload for workload, _ in found}
 
 
 # --- methods and peers --------------------------------------------------------------------------------------------
@@ -199,9 +200,9 @@ def test_the_command_writes_what_it_measured_and_on_what(tiny: None, tmp_path: P
     assert torch.get_num_threads() == threads
     written = json.loads(file.read_text())
     assert written["machine"]["torch"] == torch.__version__
-    assert written["copy_bandwidth"] == {"1": 10.0, "2": 10.0}
+    assert written["bandwidth"] == {count: {"copy": 10.0, "update": 15.0} for count in "12"}
     lines = written["results"]
-    assert len(lines) == 3 * 3 * 2  # workloads, methods (sphere, PSI-SGD, PSI-SGDM), threads
+    assert len(lines) == 3 * 2 * 2  # workloads, methods, threads
     for line in lines:
         low, high = line["ratio_quartiles"]
         assert low <= line["ratio"] <= high and line["turns"] == 3
@@ -221,7 +222,7 @@ def test_a_report_survives_the_file_and_is_shown_again(tiny: None, tmp_path: Pat
     assert again.exit_code == 0, again.output
     table = "\n".join(report.markdown())
     assert table in first.output and table in again.output
-    assert table.splitlines()[0] == "| workload | sphere | PSI-SGD | PSI-SGDM |"
+    assert table.splitlines()[0] == "| workload | sphere | PSI-SGD |"
     file.write_text('{"results": []}')
     with pytest.raises(ValueError, match=r"bench\.json: wanted a report"):
         Report.read(file)

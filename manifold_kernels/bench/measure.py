@@ -118,10 +118,27 @@ def measure(case: Case, seconds: float, turns: int | None = None) -> Result:
     )
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by the fastest of nine copies of 256 MB, in GB/s: what memory gives."""
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes read and written a second, in GB/s.
+
+    Attributes:
+        copy: by a copy of 256 MB. Where stores do not bypass the caches, the target is read, too, which is not counted.
+        update: by a change of 256 MB in place, as weights and momenta change: what memory gives a step.
+    """
+
+    copy: float
+    update: float
+
+
+def bandwidth() -> Bandwidth:
+    """The memory's rates on the present threads, the best of nine."""
     source, target = torch.ones(2**26), torch.zeros(2**26)
-    return 2 * source.nbytes / min(_time(lambda: target.copy_(source)) for _ in range(9)) / 1e9
+
+    def rate(pass_over: Callable[[], object]) -> float:
+        return 2 * source.nbytes / min(_time(pass_over) for _ in range(9)) / 1e9
+
+    return Bandwidth(copy=rate(lambda: target.copy_(source)), update=rate(target.neg_))
 
 
 def _time(step: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from manifold_kernels.bench.cases import PEER
 from manifold_kernels.bench.measure import Result
 from manifold_kernels.bench.report import Report
-from manifold_kernels.bench.workloads import SERIES
+from manifold_kernels.bench.workloads import SERIES, SERIES_METHODS
 
 
 def missing() -> str | None:
@@ -32,80 +32,96 @@ def draw(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     own = [line for line in report.results if line.backend != PEER]
     peers = [line for line in report.results if line.backend == PEER]
-    series = [line for line in own if line.workload in SERIES and line.backend == own[0].backend]
+    series = [line for line in own if line.workload in SERIES and line.method in SERIES_METHODS]
+    series = [line for line in series if line.backend == series[0].backend]
     drawn = []
     if own:
         drawn.append(_ratios(own, folder / "ratios.png"))
     if peers:
         compared = [line for line in own if line.workload in {peer.workload for peer in peers}]
         compared = [line for line in compared if line.method in ("sphere", "stiefel")]
-        drawn.append(_ratios([*compared, *peers], folder / "peers.png", log=True))
+        drawn.append(_ratios([*compared, *peers], folder / "peers.png"))
     if len({line.workload for line in series}) > 1:
         drawn.append(_throughput(series, report, folder / "throughput.png"))
     return drawn
 
 
-def _ratios(results: Sequence[Result], path: Path, log: bool = False) -> Path:
-    """A panel for each workload, in it a bar for each method and number of threads, and the line at 1."""
+def _ratios(results: Sequence[Result], path: Path) -> Path:
+    """A panel for each workload, in it a bar for each method and number of threads, from 1 to the ratio."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-    workloads = list(dict.fromkeys(line.workload for line in results))
-    counts = sorted({line.threads for line in results})
-    methods = {
-        name: list(dict.fromkeys(line.column for line in results if line.workload == name)) for name in workloads
-    }
-    figure = Figure(figsize=(8, 0.7 + sum(0.55 + 0.24 * len(own) for own in methods.values())), layout="constrained")
-    heights = [1.2 + len(own) for own in methods.values()]
-    panels = figure.subplots(len(workloads), 1, squeeze=False, height_ratios=heights, sharex=log)[:, 0]
-    height = 0.8 / len(counts)
-    for axes, workload in zip(panels, workloads, strict=True):
-        for place, count in enumerate(counts):
-            lines = [line for line in results if (line.workload, line.threads) == (workload, count)]
-            at = [methods[workload].index(line.column) + (place + 0.5) * height - 0.4 for line in lines]
-            ratios = [line.ratio for line in lines]
-            spread = [[line.ratio - line.ratio_quartiles[0] for line in lines]]
-            spread += [[line.ratio_quartiles[1] - line.ratio for line in lines]]
-            label = f"{count} thread{'s' * (count > 1)}"
-            axes.barh(at, ratios, height, xerr=spread, color=f"C{place}", label=label, error_kw={"lw": 0.8})
-        baseline = next(line.baseline for line in results if line.workload == workload)
+    panels = {name: [line for line in results if line.workload == name] for name in _distinct(results, "workload")}
+    methods = {name: list(dict.fromkeys(line.column for line in lines)) for name, lines in panels.items()}
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    sizes = [len(own) for own in methods.values()]
+    heights = [1.5 + max(sizes[row * columns : (row + 1) * columns]) for row in range(rows)]
+    figure = Figure(figsize=(1 + 5 * columns, 0.6 + 0.24 * sum(heights)), layout="constrained")
+    figure.suptitle("time of a step / time of its yardstick", fontsize="medium")
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights, sharex=True).flatten()
+    for axes, (workload, lines) in zip(grid, panels.items(), strict=False):
+        for place, count in enumerate(_distinct(results, "threads")):
+            _bars(axes, [line for line in lines if line.threads == count], methods[workload], place, count)
+        axes.set_title(f"{workload}, against {lines[0].baseline}", fontsize="small", loc="left")
         axes.set_yticks(range(len(methods[workload])), methods[workload], fontsize="small")
         axes.set_ylim(len(methods[workload]) - 0.5, -0.5)  # from top to bottom
-        axes.set_title(f"{workload}: time of a step / that of {baseline}", fontsize="small", loc="left")
         axes.axvline(1, color="0.2", lw=1)
         axes.grid(axis="x", alpha=0.3)
-        if log:
-            axes.set_xscale("log")
-    panels[0].legend(fontsize="small")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(LogLocator(subs=()))
+        axes.tick_params(labelbottom=True)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    grid[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     return path
+
+
+def _bars(axes: Any, lines: Sequence[Result], methods: Sequence[str], place: int, threads: int) -> None:
+    height = 0.38
+    at = [methods.index(line.column) + (place - 0.5) * height for line in lines]
+    color = f"C{place}"
+    axes.barh(at, [line.ratio - 1 for line in lines], height, left=1, color=color, label=_threads(threads))
+    for y, line in zip(at, lines, strict=True):
+        axes.plot(line.ratio_quartiles, (y, y), color="0.2", lw=0.8)
 
 
 def _throughput(results: Sequence[Result], report: Report, path: Path) -> Path:
     """GB/s against the number of weights, beside the memory's; a panel for each number of threads."""
     from matplotlib.figure import Figure
 
-    counts = sorted({line.threads for line in results})
-    figure = Figure(figsize=(4.5 * len(counts), 3.8), layout="constrained")
+    counts = _distinct(results, "threads")
+    figure = Figure(figsize=(2.2 + 4 * len(counts), 3.8), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(counts), sharey=True, squeeze=False)[0], counts, strict=True):
         lines = [line for line in results if line.threads == count]
-        for method in dict.fromkeys(line.method for line in lines):
+        for method in _distinct(lines, "method"):
             own = [line for line in lines if line.method == method]
             _curve(axes, [(line.elements, line.gigabytes_per_second) for line in own], method)
-        sgd = [
-            (line.elements, 20 * line.elements / line.baseline_ms / 1e6) for line in lines if line.method == "sphere"
-        ]
-        _curve(axes, sgd, "fused SGD", color="0.2", ls="--")
-        axes.axhline(report.copy_bandwidth[count], color="C3", lw=1, label="copy of 256 MB: the memory")
-        title = f"3x3 convolutions, {count} thread{'s' * (count > 1)}"
-        axes.set(xscale="log", yscale="log", xlabel="weights", title=title)
-        axes.grid(alpha=0.3, which="both")
+            if method == "sphere":
+                sgd = [(line.elements, 20 * line.elements / line.baseline_ms / 1e6) for line in own]
+                _curve(axes, sgd, "fused SGD", color="0.2", ls="--")
+        axes.axhline(report.bandwidth[count].update, color="C3", lw=1, label="memory: update of 256 MB")
+        axes.axhline(report.bandwidth[count].copy, color="C3", lw=1, ls=":", label="memory: copy of 256 MB")
+        axes.set(xscale="log", xlabel="weights", title=f"3x3 convolutions, {_threads(count)}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("GB/s, of the bytes that a step must move")
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=110)
     return path
 
 
 def _curve(axes: Any, points: Sequence[tuple[int, float]], label: str, **style: Any) -> None:
-    if points:
-        sizes, rates = zip(*sorted(points), strict=True)
-        axes.plot(sizes, rates, marker="o", markersize=3, label=label, **style)
+    sizes, rates = zip(*sorted(points), strict=True)
+    axes.plot(sizes, rates, marker="o", markersize=3, label=label, **style)
+
+
+def _distinct(results: Sequence[Result], name: str) -> list[Any]:
+    return list(dict.fromkeys(getattr(line, name) for line in results))
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"

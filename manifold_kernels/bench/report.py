@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from manifold_kernels import info
-from manifold_kernels.bench.measure import Result
+from manifold_kernels.bench.measure import Bandwidth, Result
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,20 @@ class Report:
         machine: processor, system and versions.
         build: what the compiled extension says about itself.
         commit: of a checkout, ending in ``-dirty`` where files were changed since; ``None`` elsewhere.
-        copy_bandwidth: threads -> GB/s.
+        bandwidth: threads -> the memory's rates.
         results: in the order of measuring.
     """
 
     machine: dict[str, str]
     build: dict[str, str]
     commit: str | None
-    copy_bandwidth: dict[int, float]
+    bandwidth: dict[int, Bandwidth]
     results: tuple[Result, ...]
 
     @classmethod
-    def of(cls, results: Sequence[Result], copy_bandwidth: dict[int, float]) -> Report:
+    def of(cls, results: Sequence[Result], bandwidth: dict[int, Bandwidth]) -> Report:
         """``results`` of this machine."""
-        return cls(info.machine(), info.build(), _commit(), copy_bandwidth, tuple(results))
+        return cls(info.machine(), info.build(), _commit(), bandwidth, tuple(results))
 
     def threads(self) -> list[int]:
         """The numbers of threads that were measured."""
@@ -64,7 +64,7 @@ class Report:
         """
         try:
             content = json.loads(path.read_text())
-            content["copy_bandwidth"] = {int(count): rate for count, rate in content["copy_bandwidth"].items()}
+            content["bandwidth"] = {int(count): Bandwidth(**rates) for count, rates in content["bandwidth"].items()}
             content["results"] = tuple(
                 Result(**{**line, "ratio_quartiles": tuple(line["ratio_quartiles"])}) for line in content["results"]
             )

@@ -69,7 +69,7 @@ def _conv(name: str, methods: Sequence[str], *shape: int, peers: bool = False) -
 
 _PRODUCTS = ("sphere*", "oblique*", "stiefel*")
 _ROWS = ("PSI-SGD", "PSI-SGDM", "SGD-G", "Adam-G")
-_SERIES = ("euclidean", "sphere", "oblique", "stiefel")
+SERIES_METHODS = ("euclidean", "sphere", "oblique", "stiefel")
 _CONV3 = ("euclidean", *_PRODUCTS, *_ROWS)
 
 _CONV_256 = _conv("conv 256x256x3x3", _CONV3, 256, 256, 3, 3, peers=True)
@@ -84,11 +84,11 @@ def _variant(of: Workload, name: str, **changes: object) -> Workload:
 
 
 WORKLOADS: tuple[Workload, ...] = (
-    _conv("conv 32x32x3x3", _SERIES, 32, 32, 3, 3),
+    _conv("conv 32x32x3x3", SERIES_METHODS, 32, 32, 3, 3),
+    _conv("conv 128x128x3x3", SERIES_METHODS, 128, 128, 3, 3),
+    _conv("conv 512x512x3x3", SERIES_METHODS, 512, 512, 3, 3),
     _conv("conv 64x64x3x3", _CONV3, 64, 64, 3, 3, peers=True),
-    _conv("conv 128x128x3x3", _SERIES, 128, 128, 3, 3),
     _CONV_256,
-    _conv("conv 512x512x3x3", _SERIES, 512, 512, 3, 3),
     _CONV_1024,
     _conv("conv 256x256x5x5", _PRODUCTS, 256, 256, 5, 5),
     _conv("conv 256x256x7x7", _PRODUCTS, 256, 256, 7, 7),
@@ -112,5 +112,5 @@ WORKLOADS: tuple[Workload, ...] = (
     _variant(_CONV_1024, "channels_last", memory_format=torch.channels_last),
 )
 
-#: Square convolutions of 3x3 in float32, by size: the throughput plot.
+#: Square convolutions of 3x3 in float32, whose throughput with ``SERIES_METHODS`` is drawn against their size.
 SERIES = tuple(of.name for of in WORKLOADS if of.name.startswith("conv") and of.name.endswith("3x3"))

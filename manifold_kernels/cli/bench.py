@@ -14,7 +14,7 @@ from rich.table import Table
 from manifold_kernels import info
 from manifold_kernels.bench import plots as drawing
 from manifold_kernels.bench.cases import PEER, QUICK_METHODS, QUICK_WORKLOADS, Case, cases, usable
-from manifold_kernels.bench.measure import Result, copy_bandwidth, measure, threads
+from manifold_kernels.bench.measure import Bandwidth, Result, bandwidth, measure, threads
 from manifold_kernels.bench.report import Report
 
 #: For each case.
@@ -77,14 +77,14 @@ def bench(
 
 def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Console) -> Report:
     """Measure, and show every workload as soon as it is done; what is there when the user interrupts is a report."""
-    bandwidth: dict[int, float] = {}
+    rates: dict[int, Bandwidth] = {}
     results: list[Result] = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("copy bandwidth", total=len(chosen))
+        task = progress.add_task("memory", total=len(chosen))
         try:
             for count in sorted({case.threads for case in chosen}):
                 with threads(count):
-                    bandwidth[count] = copy_bandwidth()
+                    rates[count] = bandwidth()
             for _, same_workload in groupby(chosen, lambda case: case.workload.name):
                 first = len(results)
                 for count, group in groupby(same_workload, lambda case: case.threads):
@@ -104,7 +104,7 @@ def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Conso
                 progress.console.print(_table(results[first:]))
         except KeyboardInterrupt:
             progress.console.print("[yellow]interrupted: the figures so far follow")
-    return Report.of(results, bandwidth)
+    return Report.of(results, rates)
 
 
 def _by_workload(results: Iterable[Result]) -> list[list[Result]]:
@@ -140,5 +140,6 @@ def _conclude(report: Report, console: Console) -> None:
         for row in report.markdown():
             console.print(row, soft_wrap=True, markup=False, highlight=False)
         console.print()
-    for count, rate in report.copy_bandwidth.items():
-        console.print(f"copy bandwidth of this machine, {count} thread{'s' * (count > 1)}: {rate:.1f} GB/s")
+    for count, rates in report.bandwidth.items():
+        what = f"memory, {count} thread{'s' * (count > 1)}"
+        console.print(f"{what}: {rates.copy:.1f} GB/s by a copy, {rates.update:.1f} GB/s by an update in place")
