@@ -6,6 +6,7 @@ that lie on no manifold take fused SGD.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -109,7 +110,12 @@ def _compiled(workload: Workload, manifold: str) -> Step:
         accumulate(grads, momenta)
         retract(weights, momenta)
 
-    return _Batches.of(workload, manifold).step_with(step)
+    batches = _Batches.of(workload, manifold)
+    copies = ([batch.clone() for batch in part] for part in (batches.weights, batches.grads, batches.grads))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the compiler's, about itself
+        step(*copies)
+    return batches.step_with(step)
 
 
 def _normalised(workload: Workload, manifold: str) -> Step:

@@ -20,6 +20,7 @@ class Report:
         machine: processor, system and versions.
         build: what the compiled extension says about itself.
         commit: of a checkout, ending in ``-dirty`` where files were changed since; ``None`` elsewhere.
+        load: the system's load average when measuring began; others' processes take from both steps, but not alike.
         bandwidth: threads -> the memory's rates.
         results: in the order of measuring.
     """
@@ -27,13 +28,14 @@ class Report:
     machine: dict[str, str]
     build: dict[str, str]
     commit: str | None
+    load: float
     bandwidth: dict[int, Bandwidth]
     results: tuple[Result, ...]
 
     @classmethod
-    def of(cls, results: Sequence[Result], bandwidth: dict[int, Bandwidth]) -> Report:
+    def of(cls, results: Sequence[Result], bandwidth: dict[int, Bandwidth], load: float) -> Report:
         """``results`` of this machine."""
-        return cls(info.machine(), info.build(), _commit(), bandwidth, tuple(results))
+        return cls(info.machine(), info.build(), _commit(), load, bandwidth, tuple(results))
 
     def threads(self) -> list[int]:
         """The numbers of threads that were measured."""
@@ -46,7 +48,7 @@ class Report:
         rows = [["workload", *columns], ["---"] * (1 + len(columns))]
         for workload in dict.fromkeys(line.workload for line in self.results):
             keys = [[(workload, column, count) for count in self.threads()] for column in columns]
-            cells = [" / ".join(f"{ratios[key]:.2f}" for key in cell if key in ratios) for cell in keys]
+            cells = [" / ".join(short(ratios[key]) for key in cell if key in ratios) for cell in keys]
             rows.append([workload, *cells])
         return ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -71,6 +73,15 @@ class Report:
             return cls(**content)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: wanted a report of this version's `manifold-kernels bench`: {error}.") from error
+
+
+def short(ratio: float) -> str:
+    """Three digits of a ratio.
+
+    >>> short(0.983), short(14.53), short(322.7)
+    ('0.98', '14.5', '323')
+    """
+    return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}"
 
 
 def _commit() -> str | None:

@@ -1,5 +1,6 @@
 """``manifold-kernels bench``."""
 
+import os
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,10 @@ from manifold_kernels import info
 from manifold_kernels.bench import plots as drawing
 from manifold_kernels.bench.cases import PEER, QUICK_METHODS, QUICK_WORKLOADS, Case, cases, usable
 from manifold_kernels.bench.measure import Bandwidth, Result, bandwidth, measure, threads
-from manifold_kernels.bench.report import Report
+from manifold_kernels.bench.report import Report, short
+
+#: A load average that is more than this process and a shell.
+_BUSY = 1.0
 
 #: For each case.
 _SECONDS, _QUICK_SECONDS = 1.2, 0.3
@@ -77,6 +81,9 @@ def bench(
 
 def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Console) -> Report:
     """Measure, and show every workload as soon as it is done; what is there when the user interrupts is a report."""
+    load = os.getloadavg()[0]
+    if load > _BUSY:
+        console.print(f"[yellow]The machine is busy (load {load:.1f}): figures of more than one thread suffer most.")
     rates: dict[int, Bandwidth] = {}
     results: list[Result] = []
     with Progress(console=console, transient=True) as progress:
@@ -104,7 +111,7 @@ def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Conso
                 progress.console.print(_table(results[first:]))
         except KeyboardInterrupt:
             progress.console.print("[yellow]interrupted: the figures so far follow")
-    return Report.of(results, rates)
+    return Report.of(results, rates, load)
 
 
 def _by_workload(results: Iterable[Result]) -> list[list[Result]]:
@@ -126,8 +133,8 @@ def _table(results: list[Result]) -> Table:
             str(line.threads),
             f"{line.baseline_ms:.3f}",
             f"{line.step_ms:.3f}",
-            f"{line.ratio:.2f}",
-            f"{low:.2f}-{high:.2f}",
+            short(line.ratio),
+            f"{short(low)}-{short(high)}",
             f"{line.gigabytes_per_second:.1f}",
         )
     return table
