@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -68,11 +68,11 @@ def cases(
     *,
     workloads: Sequence[str] = (),
     methods: Sequence[str] = (),
-    backends: Sequence[str] = ("auto",),
+    backends: Sequence[str] = ("cpu",),
     threads: Sequence[int] = (1,),
     retractions: bool = False,
     peers: Sequence[Peer] = (),
-) -> Iterator[Case]:
+) -> list[Case]:
     """Everything to be measured, workload by workload and in these by threads.
 
     Args:
@@ -82,18 +82,29 @@ def cases(
         threads: numbers of threads.
         retractions: with the retractions beside the default ones.
         peers: with other libraries.
+
+    Raises:
+        ValueError: a pattern matches nothing, or no method of those is measured on one of these workloads.
     """
     offered: list[Method | Peer] = [*METHODS, *(RETRACTIONS if retractions else ()), *peers]
     chosen = select("method", offered, methods)
-    for workload in select("workload", WORKLOADS, workloads):
-        for count in threads:
-            for one in chosen:
-                if isinstance(one, Peer):
-                    if workload.peers and _worth(workload, one.manifold):
-                        yield _peer_case(workload, one, count)
-                elif _worth(workload, one.name):
-                    for backend in backends:
-                        yield _case(workload, one, backend, count)
+    found = [
+        case
+        for workload in select("workload", WORKLOADS, workloads)
+        for count in threads
+        for one in chosen
+        for case in _cases_of(workload, one, backends, count)
+    ]
+    if not found:
+        raise ValueError(f"method: wanted one that is measured on {list(workloads)}, got {list(methods)}.")
+    return found
+
+
+def _cases_of(workload: Workload, one: Method | Peer, backends: Sequence[str], threads: int) -> list[Case]:
+    if isinstance(one, Method):
+        worth = _worth(workload, one.name)
+        return [_case(workload, one, backend, threads) for backend in backends] if worth else []
+    return [_peer_case(workload, one, threads)] if workload.peers and _worth(workload, one.manifold) else []
 
 
 def _worth(workload: Workload, method: str) -> bool:

@@ -50,8 +50,8 @@ class Result:
 
     @property
     def column(self) -> str:
-        """The method, and the backend where it is not the default one."""
-        return self.method if self.backend in ("auto", PEER) else f"{self.method}, {self.backend}"
+        """The method, and the backend where it is not that of the compiled kernels."""
+        return self.method if self.backend in ("cpu", PEER) else f"{self.method}, {self.backend}"
 
 
 @contextmanager

@@ -6,13 +6,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from manifold_kernels import info
+from manifold_kernels import info, ops
 from manifold_kernels.bench import plots as drawing
 from manifold_kernels.bench.cases import PEER, QUICK_METHODS, QUICK_WORKLOADS, Case, cases, usable
 from manifold_kernels.bench.measure import Bandwidth, Result, bandwidth, measure, threads
@@ -40,7 +41,9 @@ def bench(
     ] = None,
     json: Annotated[Path, typer.Option(help="The file to write.")] = Path("results/bench.json"),
     plots: Annotated[Path | None, typer.Option(help="A folder for plots (needs matplotlib).")] = None,
-    read: Annotated[Path | None, typer.Option(help="Show the figures of an earlier file; nothing is measured.")] = None,
+    read: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Show an earlier file; nothing is measured.")
+    ] = None,
 ) -> None:
     """Time a step against torch.optim.SGD(momentum=0.9, fused=True) on the same tensors in the same run.
 
@@ -49,27 +52,29 @@ def bench(
     console = Console()
     if plots is not None and (reason := drawing.missing()) is not None:
         raise typer.BadParameter(reason)
-    if read is not None:
-        report = Report.read(read)
-        for line in _by_workload(report.results):
-            console.print(_table(line))
-    else:
-        found, missing = usable() if peers else ([], {})
-        for name, reason in missing.items():
-            console.print(f"[yellow]{name}: left out:[/] {reason}")
-        try:
-            chosen = list(
-                cases(
-                    workloads=workload or (QUICK_WORKLOADS if quick else ()),
-                    methods=method or (QUICK_METHODS if quick else ()),
-                    backends=backend or ("auto",),
-                    threads=thread or sorted({1, info.processors()}),
-                    retractions=retractions,
-                    peers=found,
-                )
+    try:
+        if read is not None:
+            report = Report.read(read)
+            for lines in _by_workload(report.results):
+                console.print(_table(lines))
+        else:
+            backends = backend or [ops.automatic("cpu")]
+            for name in backends:
+                ops.resolve(name, torch.device("cpu"))
+            found, missing = usable() if peers else ([], {})
+            for name, reason in missing.items():
+                console.print(f"[yellow]{name}: left out:[/] {reason}")
+            chosen = cases(
+                workloads=workload or (QUICK_WORKLOADS if quick else ()),
+                methods=method or (QUICK_METHODS if quick else ()),
+                backends=backends,
+                threads=thread or sorted({1, info.processors()}),
+                retractions=retractions,
+                peers=found,
             )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if read is None:
         report = _run(chosen, _QUICK_SECONDS if quick else _SECONDS, repeats, console)
         report.write(json)
         console.print(f"written to {json}")
@@ -93,25 +98,32 @@ def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Conso
                 with threads(count):
                     rates[count] = bandwidth()
             for _, same_workload in groupby(chosen, lambda case: case.workload.name):
-                first = len(results)
+                lines: list[Result] = []
                 for count, group in groupby(same_workload, lambda case: case.threads):
                     with threads(count):
                         for case in group:
                             progress.update(task, description=f"{case.workload.name}, {case.method}, {count} threads")
                             progress.refresh()
-                            try:
-                                results.append(measure(case, seconds, repeats))
-                            except RuntimeError as error:
-                                if case.backend != PEER:
-                                    raise
-                                progress.console.print(
-                                    f"[yellow]{case.method} fails on {case.workload.name}:[/] {error}"
-                                )
+                            line = _measure(case, seconds, repeats, progress.console)
+                            lines += [line] if line else []
+                            results += [line] if line else []
                             progress.advance(task)
-                progress.console.print(_table(results[first:]))
+                if lines:
+                    progress.console.print(_table(lines))
         except KeyboardInterrupt:
             progress.console.print("[yellow]interrupted: the figures so far follow")
     return Report.of(results, rates, load)
+
+
+def _measure(case: Case, seconds: float, repeats: int | None, console: Console) -> Result | None:
+    """The result, or ``None`` where other people's code fails, with its reason on the console."""
+    try:
+        return measure(case, seconds, repeats)
+    except RuntimeError as error:
+        if case.backend != PEER:
+            raise
+        console.print(f"[yellow]{case.method} fails on {case.workload.name}:[/] {error}")
+        return None
 
 
 def _by_workload(results: Iterable[Result]) -> list[list[Result]]:
