@@ -43,7 +43,7 @@ ROWS = Workload("rows", partial(nn.Linear, 9, 4, bias=False), VECTORS, linear=Tr
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command on small workloads; 3x3 convolutions of two sizes make a curve."""
     series = [
-        Workload(f"conv {size}", partial(networks.conv, size, size, 3), ("sphere", "PSI-SGD"), peers=True)
+        Workload(f"conv {size}", partial(networks.conv, size, size, 3), ("sphere", "PSI-SGD"), peers=("*",))
         for size in (2, 4)
     ]
     half = replace(series[0], name="conv 2 bfloat16", dtype=torch.bfloat16, against=series[0])
@@ -63,7 +63,8 @@ def test_every_workload_and_method_of_the_promise_is_there() -> None:
     rows = ["PSI-SGD", "PSI-SGDM", "SGD-G", "Adam-G"]
     for workload in ("conv 64x64x3x3", "conv 256x256x3x3", "conv 1024x1024x3x3", "ResNet-18 convolutions", "ResNet-20"):
         assert {(workload, method) for method in ("euclidean", *products, *rows)} <= found
-        assert {(workload, peer.name) for peer in PEERS} <= found
+        wanted = {(workload, peer.name) for peer in PEERS if workload != "ResNet-20" or "compiled" not in peer.name}
+        assert wanted <= found
     for workload in ("conv 256x256x5x5", "conv 256x256x7x7", "512 matrices 64x32", "ResNet-50 convolutions"):
         assert {(workload, method) for method in products} <= found
     assert {(workload, "PIO") for workload in ("ResNet-18 convolutions", "ResNet-20")} <= found

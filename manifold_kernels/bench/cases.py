@@ -59,9 +59,9 @@ def select(what: str, offered: Sequence[_T], patterns: Sequence[str]) -> list[_T
     ['stiefel', 'PSI-SGD', 'PSI-SGDM']
     """
     for pattern in patterns:
-        if not any(fnmatchcase(one.name, pattern) for one in offered):
+        if not any(_matches(one.name, [pattern]) for one in offered):
             raise ValueError(f"{what}: wanted patterns of {[one.name for one in offered]}, got {pattern!r}.")
-    return [one for one in offered if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)]
+    return [one for one in offered if not patterns or _matches(one.name, patterns)]
 
 
 def cases(
@@ -102,13 +102,14 @@ def cases(
 
 def _cases_of(workload: Workload, one: Method | Peer, backends: Sequence[str], threads: int) -> list[Case]:
     if isinstance(one, Method):
-        worth = _worth(workload, one.name)
+        worth = _matches(one.name, workload.methods)
         return [_case(workload, one, backend, threads) for backend in backends] if worth else []
-    return [_peer_case(workload, one, threads)] if workload.peers and _worth(workload, one.manifold) else []
+    worth = _matches(one.name, workload.peers) and _matches(one.manifold, workload.methods)
+    return [_peer_case(workload, one, threads)] if worth else []
 
 
-def _worth(workload: Workload, method: str) -> bool:
-    return any(fnmatchcase(method, pattern) for pattern in workload.methods)
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _case(workload: Workload, method: Method, backend: str, threads: int) -> Case:
