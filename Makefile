@@ -29,8 +29,8 @@ lint: .venv/base .venv/dev
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 
-bench: .venv/built
-	$(BIN)/manifold-kernels bench
+bench: .venv/built .venv/dev
+	$(BIN)/manifold-kernels bench --peers --plots results/bench
 
 clean:
 	rm -rf build dist results *.egg-info manifold_kernels/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

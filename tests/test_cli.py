@@ -1,7 +1,6 @@
 """The command line: what it prints, writes and with which status it ends, and the engines behind it."""
 
 import gzip
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from manifold_kernels import bench, ops, validate
+from manifold_kernels import ops, validate
 from manifold_kernels import reference as reference_backend
 from manifold_kernels.cli import app
 from manifold_kernels.demo import data, methods, training
@@ -120,35 +119,6 @@ def test_qr_ratios_see_a_wrong_sign_and_a_lost_digit(monkeypatch: pytest.MonkeyP
     for wrong in ((q, r), (q * sign.unsqueeze(-2) * (1 + 1e-13), r * sign.unsqueeze(-1))):
         monkeypatch.setattr(validate.functional, "qr", lambda x, wrong=wrong: wrong)
         assert not validate.run_qr("random", (9, 4), torch.float64).passed
-
-
-# --- bench --------------------------------------------------------------------------------------------------------
-
-
-def test_bench_writes_what_it_measured_and_on_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "QUICK", (bench.Workload("small", ((8, 4, 3, 3), (8, 8, 3, 3))),))
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda threads: 10.0)
-    threads = torch.get_num_threads()
-    result = runner.invoke(app, ["bench", "--quick", "--output", str(tmp_path / "bench.json")])
-    assert result.exit_code == 0, result.output
-    assert torch.get_num_threads() == threads
-    written = json.loads((tmp_path / "bench.json").read_text())
-    assert written["machine"]["torch"] == torch.__version__
-    assert {line["method"] for line in written["results"]} == {method.name for method in bench.METHODS}
-    for line in written["results"]:
-        assert line["ratio"] == pytest.approx(line["step_ms"] / line["sgd_ms"])
-        assert line["elements"] == 8 * 4 * 9 + 8 * 8 * 9
-
-
-def test_every_method_of_the_benchmark_moves_every_workload_that_suits_it() -> None:
-    for method in bench.METHODS:
-        for workload in (bench.Workload("kernels", ((4, 3, 3, 3),)), bench.Workload("rows", ((4, 9),), view="filter")):
-            if method.suits(workload):
-                optimizer = method.optimizer(workload)
-                (weight,) = optimizer.param_groups[0]["params"]
-                before = weight.detach().clone()
-                optimizer.step()
-                assert (weight != before).any()
 
 
 # --- train --------------------------------------------------------------------------------------------------------
