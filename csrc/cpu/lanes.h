@@ -150,6 +150,19 @@ class Lanes {
     }
   }
 
+  // What the next tile will read at this place, while the last round leaves memory idle.
+  template <bool InLanes>
+  MK_FN void prefetch_next(const Tile<R>& t, int l, bool second) const {
+    if (t.copied) return;
+    const bool wants_gradient = !second || !momentum.buffer_is_direction();
+    for (int i = 0; i < elements(); i++) {
+      const int64_t weight = weight_at<InLanes>(l + t.count, i);
+      __builtin_prefetch(t.w + weight, 1);
+      if (momentum.buffered) __builtin_prefetch(t.m + weight, 1);
+      if (wants_gradient) __builtin_prefetch(t.g + grad_at<InLanes>(l + t.count, i), 0);
+    }
+  }
+
   template <bool InLanes>
   MK_FN void bring(const T* in_memory, T* x) const {
     if constexpr (InLanes) {
@@ -268,6 +281,7 @@ class Lanes {
     }
     for (int l = 0, i = 0; l < t.count; l += N, i++) {
       const Block& b = kept.block[i];
+      prefetch_next<InLanes>(t, l, pass.kind == Pass::second);
       if (!b.good) continue;
       if constexpr (is_linear) {
         combine<InLanes>(t, l, b.square, b.step);
