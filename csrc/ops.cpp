@@ -77,6 +77,15 @@ void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hyper
                     " has a scale out of range.");
 }
 
+// One of AMP's numbers, or `otherwise` where it is not given.
+double number_of(const std::optional<at::Tensor>& tensor, const char* name, double otherwise) {
+  if (!tensor.has_value()) return otherwise;
+  TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat && tensor->numel() == 1, name,
+                    ": wanted one float32 number on the CPU, got ", tensor->toString(), " of shape ", tensor->sizes(),
+                    ".");
+  return double(*tensor->const_data_ptr<float>());
+}
+
 // What a parameter's jobs point into.
 struct Parameter {
   Geometry geometry;
@@ -103,7 +112,8 @@ struct Parameter {
 void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList momenta,
            at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite, const at::Tensor& groups,
            const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper,
-           const std::optional<at::Tensor>& norms) {
+           const std::optional<at::Tensor>& norms, const std::optional<at::Tensor>& grad_scale,
+           const std::optional<at::Tensor>& found_inf) {
   const int64_t count = int64_t(params.size());
   TORCH_CHECK_VALUE(
       int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
@@ -118,6 +128,9 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
   TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
                     " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
+
+  const double scale = number_of(grad_scale, "grad_scale", 1);
+  const bool skips = number_of(found_inf, "found_inf", 0) != 0;
 
   std::vector<at::Tensor> grad(count);  // undefined where there is nothing to do
   std::vector<bool> stepped(count, false);
@@ -187,6 +200,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     if (norms.has_value() && job.rule == Rule::fg_sgd) job.norms = norms->data_ptr<double>() + norm;
     job.step = steps.const_data_ptr<int64_t>()[i];
     job.first_step = job.step == 0;
+    job.divisor = job.hyper.maximize != 0 ? -scale : scale;
     if (adaptive) {
       const auto number = job.storage == Storage::float64 ? at::kDouble : at::kFloat;
       TORCH_CHECK_VALUE(variances[i].numel() == parameter->geometry.count && variances[i].scalar_type() == number &&
@@ -205,6 +219,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
                       norms->sizes(), ".");
     std::fill_n(norms->data_ptr<double>(), next_norm, std::nan(""));
   }
+  if (skips) return;
 
   int64_t* skipped = nonfinite.data_ptr<int64_t>();
   const std::vector<int64_t> left = run(jobs);

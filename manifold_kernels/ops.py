@@ -21,8 +21,14 @@
   rules, parameters without a gradient, groups without a component, individual components that did not step, and
   Euclidean groups that wrote NaN or Inf through. Beyond 1e154, where its square leaves float64, R may be infinite. The
   step is the same to the bit with and without ``norms``.
+* ``grad_scale``, optional: float32, one number. Every gradient is divided by it before everything else, in the step's
+  arithmetic; the gradient itself stays as it is.
+* ``found_inf``, optional: float32, one number. Where it is not zero nothing is written, neither weights nor states nor
+  ``steps`` nor ``nonfinite``; ``norms`` become NaN. Both are what ``torch.amp.GradScaler`` gives to torch's fused
+  optimizers.
 
-Everything but the weights, gradients and states lies on the CPU.
+``steps``, ``nonfinite``, ``grad_scale`` and ``found_inf`` lie on the parameters' device, where a step reads them
+without waiting for it; ``groups``, ``components``, ``scales``, ``hyper`` and ``norms`` on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +47,8 @@ from manifold_kernels.triton import support
 
 SCHEMA = (
     "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
-    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None) -> ()"
+    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 
 
@@ -61,6 +68,8 @@ class Step(Protocol):
         scales: Tensor,
         hyper: Tensor,
         norms: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
         /,
     ) -> None: ...
 

@@ -116,7 +116,7 @@ class Lanes {
     const V buffer = buffer_at<V>(t, second, grad, weight), w = at<V>(t.w + weight);
     sum = fma(buffer, buffer, fma(w, w, sum));
     if (momentum.nesterov) {
-      const V gradient = at<V>(t.g + grad);
+      const V gradient = momentum.gradient(V(R(0)), at<V>(t.g + grad));
       sum = fma(gradient, gradient, sum);
     }
   }
@@ -264,8 +264,8 @@ class Lanes {
         step_size(step_size_of<R>(job)),
         native(job.storage == (sizeof(R) == 4 ? Storage::float32 : Storage::float64)),
         is_buffer(momentum.buffer_is_direction()),
-        is_gradient(!momentum.buffered && !momentum.maximize),
-        steady(is_buffer && !momentum.first && !momentum.maximize && native),
+        is_gradient(!momentum.buffered && momentum.plain),
+        steady(is_buffer && !momentum.first && momentum.plain && native),
         scale0(R(job.scales[0])),
         inverse0(T(R(1)) / scale0),
         largest_square(job.storage == Storage::float16 ? R(largest_float16) * R(largest_float16)

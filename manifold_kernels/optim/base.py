@@ -235,7 +235,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         plan = _joined(self.plan, self._plan_of(index, first))
         self._check_weights(plan, first)
         self.plan = plan
-        self._nonfinite = torch.cat([self._nonfinite, self._nonfinite.new_zeros(len(group["params"]))])
+        counts = torch.zeros(len(group["params"]), dtype=torch.int64, device=self._device())
+        self._nonfinite = torch.cat([self._nonfinite.to(counts.device), counts])
         self._structure.append(_structure_of(group))
         self._forget()
 
@@ -348,7 +349,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._resolve()
         self._parameters = self._all_parameters()
         counts = checkpoint.component_counts(self.plan, len(self._parameters))
-        steps = torch.tensor([int(self.state[p].get("step", 0)) for p in self._parameters], dtype=torch.int64)
+        taken = [int(self.state[p].get("step", 0)) for p in self._parameters]
+        steps = torch.tensor(taken, dtype=torch.int64, device=self._device())
         buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
         position = 0
         for group, names in zip(self.param_groups, held, strict=True):
@@ -446,7 +448,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups, self._structure = before
             raise
-        self.plan, self._nonfinite = plan, nonfinite
+        self.plan, self._nonfinite = plan, nonfinite.to(self._device())
         self.state = defaultdict(dict, state)
         self._forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -41,6 +41,8 @@ def step_(
     scales: Tensor,
     hyper: Tensor,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; see ``ops.py`` for the arguments.
 
@@ -56,6 +58,10 @@ def step_(
     if norms is not None:
         _check_norms(norms, sum(counts))
         norms.fill_(math.nan)
+    _check_number("grad_scale", grad_scale)
+    _check_number("found_inf", found_inf)
+    if found_inf is not None and found_inf.item() != 0:
+        return
     each_norm = [None] * len(counts) if norms is None else torch.split(norms, counts)
     with torch.no_grad():
         for row, values in enumerate(groups.tolist()):
@@ -76,6 +82,7 @@ def step_(
                 variances[index],
                 int(steps[index]),
                 each_norm[row],
+                None if grad_scale is None else grad_scale.item(),
             )
         steps += torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
 
@@ -86,6 +93,16 @@ def _check_norms(norms: Tensor, size: int) -> None:
             f"norms: wanted float64 ({size},) on the CPU, a number for every group and one for each component of an "
             f"individual one, got {norms.dtype} {tuple(norms.shape)} on {norms.device}."
         )
+
+
+def _check_number(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != 1):
+        raise ValueError(f"{name}: wanted one float32 number, got {tensor.dtype} {tuple(tensor.shape)}.")
+
+
+def _unscaled(grad: Tensor, scale: float | None) -> Tensor:
+    """``grad`` divided by ``scale`` in the arithmetic of the step."""
+    return grad if scale is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
 
 
 def _step_group(
@@ -99,6 +116,7 @@ def _step_group(
     variance: Tensor,
     steps: int,
     norms: Tensor | None,
+    grad_scale: float | None,
 ) -> int:
     """Step the components of one group and write R; returns how many were left as they were."""
     euclidean = at["manifold"] == Euclidean.code
@@ -113,7 +131,7 @@ def _step_group(
     geometry = GEOMETRIES[at["manifold"]]
     x = Components(
         w=_read(param, layout, members),
-        g=_read(grad, layout, members),
+        g=_unscaled(_read(grad, layout, members), grad_scale),
         m=_read(momentum, layout, members) if buffered else None,
         v=variance[members].reshape(-1, 1, 1) if adaptive else None,
         s=plan.scale(row).to(param.device).reshape(-1, 1, 1).expand(members.numel(), 1, 1),

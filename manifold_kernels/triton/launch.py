@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,24 @@ _SCHEDULES: OrderedDict[Hashable, tuple[Schedule, tuple[Tensor, ...]]] = Ordered
 _KEPT = 16
 
 
+class Amp(NamedTuple):
+    """What a gradient scaler says, numbers on the parameters' device that nobody waits for."""
+
+    scale: Tensor
+    skips: Tensor
+
+    @staticmethod
+    def of(grad_scale: Tensor | None, found_inf: Tensor | None) -> Amp | None:
+        given = next((tensor for tensor in (grad_scale, found_inf) if tensor is not None), None)
+        if given is None:
+            return None
+        for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != 1):
+                raise ValueError(f"{name}: wanted one float32 number, got {tensor.dtype} {tuple(tensor.shape)}.")
+        scale = torch.ones_like(given) if grad_scale is None else grad_scale
+        return Amp(scale.reshape(()), (torch.zeros_like(given) if found_inf is None else found_inf).reshape(()) != 0)
+
+
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -40,13 +58,16 @@ def step_(
     scales: Tensor,
     hyper: Tensor,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     /,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; ``ops.py`` has the arguments."""
+    plan, amp = Plan(groups, components, scales), Amp.of(grad_scale, found_inf)
     if params:
-        _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, False)
-    taken = torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
-    steps += taken
+        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, norms, amp, False)
+    taken = torch.tensor([grad is not None for grad in grads], dtype=torch.bool).to(steps.device, non_blocking=True)
+    steps += taken if amp is None else taken & ~amp.skips
 
 
 def warm_up(
@@ -61,11 +82,14 @@ def warm_up(
     scales: Tensor,
     hyper: Tensor,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     /,
 ) -> None:
     """Compile what a step with these arguments needs, without taking it."""
+    plan, amp = Plan(groups, components, scales), Amp.of(grad_scale, found_inf)
     if params:
-        _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, True)
+        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, norms, amp, True)
 
 
 def _run(
@@ -78,11 +102,12 @@ def _run(
     plan: Plan,
     hyper: Tensor,
     norms: Tensor | None,
+    amp: Amp | None,
     only_compile: bool,
 ) -> None:
     device = params[0].device
     _check(params, grads, momenta)
-    what = _schedule(plan, params, grads, momenta, hyper, norms is not None)
+    what = _schedule(plan, params, grads, momenta, hyper, norms is not None, amp is not None)
     addresses = _addresses(params, grads, momenta, variances, steps)
     counts = nonfinite if nonfinite.device == device else torch.zeros_like(nonfinite, device=device)
     measured = None
@@ -95,7 +120,7 @@ def _run(
             what.groups,
             what.components,
             plan.scales.to(device, non_blocking=True),
-            hyper.to(device, non_blocking=True),
+            _table(hyper, amp, device),
             what.partials,
             what.totals,
             measured if measured is not None else what.totals,
@@ -106,7 +131,7 @@ def _run(
     if only_compile:
         return
     for member in what.library:
-        _by_library(member, plan, hyper, grads, params, momenta, steps, counts, measured)
+        _by_library(member, plan, hyper, grads, params, momenta, steps, counts, measured, amp)
     if counts is not nonfinite:
         nonfinite += counts.to(nonfinite.device)
     if norms is not None and measured is not None:
@@ -123,6 +148,7 @@ def _by_library(
     steps: Tensor,
     counts: Tensor,
     norms: Tensor | None,
+    amp: Amp | None,
 ) -> None:
     at, parameter = planned.at, planned.at["parameter"]
     grad, weight = grads[parameter], params[parameter]
@@ -136,9 +162,11 @@ def _by_library(
         plan.members(of.row).to(weight.device),
         plan.scale(of.row),
         RETRACTION_NAMES[at["retraction"]],
-        int(steps[parameter]) == 0,
+        steps[parameter].to(weight.device) == 0,
         counts,
         None if norms is None else norms[of.first_norm : of.first_norm + size],
+        None if amp is None else amp.scale,
+        None if amp is None else amp.skips,
     )
 
 
@@ -163,11 +191,26 @@ def _addresses(
     rows = [
         (param.data_ptr(), 0 if grad is None else grad.data_ptr(), momentum.data_ptr(), variance.data_ptr(), taken)
         for param, grad, momentum, variance, taken in zip(
-            params, grads, momenta, variances, steps.tolist(), strict=True
+            params, grads, momenta, variances, _element_addresses(steps), strict=True
         )
     ]
     table = torch.tensor(rows, dtype=torch.int64)
     return table.pin_memory() if params[0].device.type == "cuda" else table
+
+
+def _element_addresses(tensor: Tensor) -> range:
+    size = tensor.element_size()
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * size, size)
+
+
+def _table(hyper: Tensor, amp: Amp | None, device: torch.device) -> Tensor:
+    """The table of hyper-parameters as kernels read it (``tables.HYPER_COLUMNS``), on ``device``."""
+    sign = 1 - 2 * hyper[:, HYPER_COLUMNS.index("maximize"), None]
+    table = torch.cat([hyper, sign, torch.zeros_like(sign)], 1).to(device, non_blocking=True)
+    if amp is not None:
+        table[:, -2] *= amp.scale
+        table[:, -1] = amp.skips
+    return table
 
 
 def _schedule(
@@ -177,10 +220,11 @@ def _schedule(
     momenta: Sequence[Tensor],
     hyper: Tensor,
     norms: bool,
+    amp: bool,
 ) -> Schedule:
     """The launches, from the last time that plan, options and memory were the same."""
     key = (
-        (id(plan.groups), plan.groups._version, id(plan.components), plan.components._version, norms),
+        (id(plan.groups), plan.groups._version, id(plan.components), plan.components._version, norms, amp),
         tuple((row[1] != 0, row[3] != 0, row[4] != 0, row[5] != 0) for row in hyper.tolist()),
         tuple(_seen(param) for param in params),
         tuple(None if grad is None else _seen(grad) for grad in grads),
@@ -189,7 +233,7 @@ def _schedule(
     if key in _SCHEDULES:
         _SCHEDULES.move_to_end(key)
     else:
-        made = schedule(plan, params, grads, momenta, hyper, norms)
+        made = schedule(plan, params, grads, momenta, hyper, norms, amp)
         # The plan's tensors are kept with it, so that no other tensor can come by their identity.
         _SCHEDULES[key] = made, (plan.groups, plan.components)
         if len(_SCHEDULES) > _KEPT:

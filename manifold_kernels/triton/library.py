@@ -66,26 +66,36 @@ def step(
     members: Tensor,
     scale: Tensor,
     retraction: str,
-    first: bool,
+    first: Tensor,
     nonfinite: Tensor,
     norms: Tensor | None,
+    grad_scale: Tensor | None,
+    skips: Tensor | None,
 ) -> None:
-    """Step the components ``members`` of one group ([FG] Algorithm 1); R goes to ``norms``."""
+    """Step the components ``members`` of one group ([FG] Algorithm 1); R goes to ``norms``.
+
+    ``first``, ``grad_scale`` and ``skips`` lie on the device: whether the step is the parameter's first, and AMP's.
+    """
     layout = of.layout()
     w, g = (views.matrices(tensor, layout)[members].to(of.compute) for tensor in (of.weight, of.grad))
     wide = w.shape[-2] < w.shape[-1]
-    if of.maximize:
+    if grad_scale is not None:
+        g = g / grad_scale.to(of.compute)
+    if h["maximize"]:
         g = -g
     m = old = None
     d, top = g, g.abs().amax((-2, -1), keepdim=True)
     ok = (w.isfinite() & g.isfinite()).all(-1).all(-1)
     if of.buffered:
         old = views.matrices(of.momentum, layout)[members]
-        m = g if first else old.to(g.dtype).mul(h["momentum"]).add(g, alpha=1 - h["dampening"])
+        m = torch.where(first, g, old.to(g.dtype).mul(h["momentum"]).add(g, alpha=1 - h["dampening"]))
         m = m.to(of.weight.dtype)
         d = m.to(g.dtype)
         ok = ok & d.isfinite().all(-1).all(-1)
         top = torch.maximum(top, d.abs().amax((-2, -1), keepdim=True))
+    broken = ~ok
+    if skips is not None:
+        ok, broken = ok & ~skips, broken & ~skips
     here = ok.reshape(-1, 1, 1)
     c = torch.exp2(torch.floor(torch.log2(torch.where(here & (top > 0), top, 1).double()))).clamp(1e-30, 1e30)
     d = (g / c).add(d / c, alpha=h["momentum"]) if of.nesterov else d / c
@@ -98,6 +108,8 @@ def step(
     r = c * length if of.individual else (c * length).square().sum().sqrt().expand_as(c)
     if norms is not None:
         norms.copy_(torch.where(ok, r.flatten(), math.nan) if of.individual else r.flatten()[:1])
+        if skips is not None:
+            norms.masked_fill_(skips, math.nan)
     tau = torch.ones_like(r)
     if of.bounded:
         bounded = r.clamp(max=1e150)
@@ -119,4 +131,4 @@ def step(
         batch = views.matrices(of.momentum, layout).clone()
         batch[members] = torch.where(here, m, old)
         views.write_matrices(of.momentum, layout, batch)
-    nonfinite[of.at["parameter"]] += (~ok).sum().to(nonfinite.device)
+    nonfinite[of.at["parameter"]] += broken.sum().to(nonfinite.device)
