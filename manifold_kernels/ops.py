@@ -26,9 +26,12 @@
 * ``found_inf``, optional: float32, one number. Where it is not zero nothing is written, neither weights nor states nor
   ``steps`` nor ``nonfinite``; ``norms`` become NaN. Both are what ``torch.amp.GradScaler`` gives to torch's fused
   optimizers.
+* ``live``, optional: a table like ``hyper``, whose numbers the step takes instead. ``hyper`` then only says which terms
+  there are: whether momentum, weight decay, ``nesterov`` and ``maximize`` are zero. For numbers that only the device
+  knows: learning rates in tensors there.
 
-``steps``, ``nonfinite``, ``grad_scale`` and ``found_inf`` lie on the parameters' device, where a step reads them
-without waiting for it; ``groups``, ``components``, ``scales``, ``hyper`` and ``norms`` on the CPU.
+``steps``, ``nonfinite``, ``grad_scale``, ``found_inf`` and ``live`` lie on the parameters' device, where a step reads
+them without waiting for it; ``groups``, ``components``, ``scales``, ``hyper`` and ``norms`` on the CPU.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from manifold_kernels.triton import support
 SCHEMA = (
     "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
     "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? live=None) -> ()"
 )
 
 
@@ -70,6 +73,7 @@ class Step(Protocol):
         norms: Tensor | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        live: Tensor | None = None,
         /,
     ) -> None: ...
 

@@ -8,7 +8,7 @@ a step collects the gradients and calls the operator.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from operator import itemgetter
 from typing import Any, ClassVar, overload
 
@@ -19,12 +19,12 @@ from torch.optim.optimizer import ParamsT
 from manifold_kernels import fit, ops, views
 from manifold_kernels.collection import Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, manifold
-from manifold_kernels.optim import checkpoint, constraint, settings
+from manifold_kernels.optim import checkpoint, constraint, operands, settings
+from manifold_kernels.optim.groups import check_parameter, joined, layout_of, refuse_shared, structure_of
+from manifold_kernels.optim.operands import Operands
 from manifold_kernels.optim.settings import ParamGroup, on_manifold
-from manifold_kernels.plan import GROUP_COLUMNS, Group, Plan
+from manifold_kernels.plan import Group, Plan
 from manifold_kernels.views import Layout
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class ManifoldOptimizer(torch.optim.Optimizer):
@@ -41,12 +41,17 @@ class ManifoldOptimizer(torch.optim.Optimizer):
     * ``rows``: output neurons in one component of the ``"filter"`` view.
 
     Defaults of the optimizer that make no sense for a group (``weight_decay`` on a manifold of fixed norm, ``view`` for
-    Euclidean parameters) are taken back there; given for that very group they raise. A learning rate may be a tensor of
-    one element on the CPU. Changes of numbers in ``param_groups`` take effect at the next step, as in torch; the
-    manifold, the view and the other settings in :data:`~manifold_kernels.optim.settings.STRUCTURE` are fixed.
+    Euclidean parameters) are taken back there; given for that very group they raise. A learning rate, a momentum or any
+    other number may be a tensor of one element, which may change in place; on a GPU nobody waits for it. Changes of
+    numbers in ``param_groups`` take effect at the next step, as in torch; the manifold, the view and the other settings
+    in :data:`~manifold_kernels.optim.settings.STRUCTURE` are fixed.
 
     ``state[p]`` has ``step``, the steps that the parameter's momentum is made of (all of its steps, where momentum is
-    not switched on later), and the buffers, allocated when they are first needed.
+    not switched on later), and the buffers, allocated when they are first needed; with ``master_weights`` the
+    ``master`` of a 16-bit parameter, which lies on the manifold to float32 precision and is what steps. The parameter
+    is its rounding: to change such a weight by hand, change its master.
+
+    A ``torch.amp.GradScaler`` leaves its scale to the step and skips a step of infinite gradients without waiting.
 
     Errors: ``ValueError`` or ``TypeError`` before anything is written, for what does not fit: a setting, a parameter's
     dtype (wanted float32, float64, bfloat16 or float16), parameters on more than one device, a view that does not fit a
@@ -70,14 +75,21 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         "channel_groups": 1,
         "rows": 1,
     }
+    #: Gradient scalers leave ``grad_scale`` and ``found_inf`` to the step, as with torch's fused optimizers.
+    _step_supports_amp_scaling = True
     #: The views offered; the default is that of rules for vectors.
     offered_views: ClassVar[tuple[str, ...]] = ("filter",)
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, nonfinite: str, backend: str) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], *, master_weights: bool, nonfinite: str, backend: str
+    ) -> None:
+        if not isinstance(master_weights, bool):
+            raise TypeError(f"master_weights: wanted True or False, got {master_weights!r}.")
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite: wanted 'skip' or 'raise', got {nonfinite!r}.")
         self._raise_nonfinite = nonfinite == "raise"
         self._backend = backend
+        self._master_weights = master_weights
         self.plan = Plan.build([], [])
         self._nonfinite = torch.zeros(0, dtype=torch.int64)
         self._structure: list[tuple[Any, ...]] = []
@@ -100,21 +112,17 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Everything is looked at before anything is written; buffers are allocated by _refresh.
         grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        for grad in grads:
-            if grad is not None and grad.layout is not torch.strided:
-                self._refuse_layout(grads)
-        if self._raise_nonfinite:
-            self._refuse_nonfinite(grads)
-        values = [self._read(group) for group in self.param_groups]
-        if values != self._seen or len(self.state) != self._entries:
-            self._refresh(values)
-        plan = self.plan
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        # Everything is looked at before anything is written; buffers are allocated by _init_group.
+        self._look_at(grads, found_inf)
+        self._init_group()
+        hyper, live = self._tables()
+        plan, stepped = self.plan, self._operands
         with torch.no_grad():
             self._operator(
-                self._parameters,
-                grads,
+                stepped.weights,
+                stepped.gradients(grads),
                 self._momenta,
                 self._variances,
                 self._steps,
@@ -122,10 +130,23 @@ class ManifoldOptimizer(torch.optim.Optimizer):
                 plan.groups,
                 plan.components,
                 plan.scales,
-                self._hyper,
+                hyper,
                 self._norms,
+                grad_scale,
+                found_inf,
+                live,
             )
+            stepped.store(grads, found_inf)
         return loss
+
+    def _look_at(self, grads: list[Tensor | None], found_inf: Tensor | None) -> None:
+        """Raise ``ValueError`` for a gradient that a step must not see."""
+        for grad in grads:
+            if grad is not None and grad.layout is not torch.strided:
+                self._refuse_layout(grads)
+        # A gradient scaler that has found infinities skips the step by itself.
+        if self._raise_nonfinite and not (found_inf is not None and bool(found_inf)):
+            self._refuse_nonfinite(grads)
 
     def _refuse_layout(self, grads: list[Tensor | None]) -> None:
         for position, grad in enumerate(grads):
@@ -177,8 +198,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         """
         self._check_weights(self.plan)
 
-    def _check_weights(self, plan: Plan, from_parameter: int = 0) -> None:
-        for found in constraint.violations(plan, self._all_parameters(), from_parameter):
+    def _check_weights(self, plan: Plan, first: int = 0, weights: Sequence[Tensor] | None = None) -> None:
+        for found in constraint.violations(plan, self._all_parameters() if weights is None else weights, first):
             if not found.violation <= found.tolerance:
                 raise ValueError(
                     f"{self._where(found.parameter)}: is off its manifold. Wanted {found.manifold} up to "
@@ -199,26 +220,13 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             group["params"] = [group["params"]]
         elif not isinstance(group["params"], set):  # torch refuses sets: they have no order
             group["params"] = list(group["params"])
-            self._refuse_shared(group["params"])
+            refuse_shared(group["params"], self.param_groups)
         super().add_param_group(group)
         try:
             self._admit(group, given)
         except BaseException:
             self.param_groups.pop()
             raise
-
-    def _refuse_shared(self, params: list[Any]) -> None:
-        owner = {
-            id(p): f"param group {index}" for index, group in enumerate(self.param_groups) for p in group["params"]
-        }
-        for position, item in enumerate(params):
-            parameter = item[1] if isinstance(item, tuple) else item
-            if id(parameter) in owner:
-                raise ValueError(
-                    f"params: parameter {position} of the new group, of shape {tuple(parameter.shape)}, is in "
-                    f"{owner[id(parameter)]} already. Leave it out of one: a parameter takes one step."
-                )
-            owner[id(parameter)] = "the same group"
 
     def _admit(self, group: ParamGroup, given: frozenset[str]) -> None:
         """Check the group just added and extend the plan by it."""
@@ -232,12 +240,12 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         except (ValueError, TypeError) as error:
             raise type(error)(f"param group {index}: {error}") from None
         first = len(self._all_parameters()) - len(group["params"])
-        plan = _joined(self.plan, self._plan_of(index, first))
+        plan = joined(self.plan, self._plan_of(index, first))
         self._check_weights(plan, first)
         self.plan = plan
         counts = torch.zeros(len(group["params"]), dtype=torch.int64, device=self._device())
         self._nonfinite = torch.cat([self._nonfinite.to(counts.device), counts])
-        self._structure.append(_structure_of(group))
+        self._structure.append(structure_of(group))
         self._forget()
 
     def _settle(self, group: ParamGroup, given: Set[str]) -> None:
@@ -265,8 +273,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         groups: list[Group] = []
         for position, parameter in enumerate(group["params"], first):
             try:
-                self._check_parameter(parameter)
-                groups += self._groups_of(position, position - first, index, parameter, _layout(group, parameter))
+                check_parameter(parameter, self._device())
+                groups += self._groups_of(position, position - first, index, parameter, layout_of(group, parameter))
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{self._where(position)}: {error}") from None
         return Plan.build(groups, self._all_parameters())
@@ -294,19 +302,6 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             )
         ]
 
-    def _check_parameter(self, parameter: Tensor) -> None:
-        if parameter.dtype not in _DTYPES:
-            raise ValueError(f"dtype: wanted one of {list(_DTYPES)}, got {parameter.dtype}.")
-        if parameter.layout is not torch.strided:
-            raise ValueError(f"layout: wanted a dense (strided) parameter, got {parameter.layout}.")
-        if parameter.device != self._device():
-            raise ValueError(
-                f"device: wanted {self._device()}, where the optimizer's first parameter is, got {parameter.device}. "
-                "Use one optimizer for each device."
-            )
-        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-            raise ValueError("strides: wanted an element of memory for every weight, got an expanded tensor. Clone it.")
-
     # -- what a step reads --------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -317,22 +312,44 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._held: list[tuple[str | None, str | None]] | None = None
         self._norms: Tensor | None = None  # R of every group, where the step is to write it
 
+    def _init_group(self) -> None:
+        """Bring tables, lists and states up to the settings and :attr:`state`.
+
+        The name is torch's: ``torch.compile`` runs a method of this name when it traces a step, and leaves it out of
+        the graph.
+        """
+        values = [self._read(group) for group in self.param_groups]
+        if values != self._seen or len(self.state) != self._entries:
+            self._refresh(values)
+
     def _refresh(self, values: list[tuple[Any, ...]]) -> None:
-        """Bring the table of hyper-parameters and the lists of states up to ``values`` and :attr:`state`."""
         for index, group in enumerate(self.param_groups):
             if self._seen is None or values[index] != self._seen[index]:
                 self._check_group(index, group)
-        hyper = torch.tensor([self._hyper_row(group) for group in self.param_groups], dtype=torch.float64)
+        rows = [self._hyper_row(group) for group in self.param_groups]
         held = [self._buffers(group) for group in self.param_groups]
         if held != self._held or len(self.state) != self._entries:
             self._collect(held)
-        self._hyper = hyper
-        # A tensor, say a learning rate, may change in place: equal to itself it would not be looked at again.
-        self._seen = None if any(isinstance(value, Tensor) for row in values for value in row) else values
+        self._hyper, self._live, self._followed = settings.hyper_table(rows), None, []
+        if tensors := settings.in_tensors(rows):
+            live = self._live = self._hyper.to(self._device(), copy=True)
+            self._followed = [(live[row, column], value) for row, column, value in tensors]
+        self._seen = values
+
+    def _tables(self) -> tuple[Tensor, Tensor | None]:
+        """The tables of hyper-parameters for a step, ``hyper`` and ``live`` of the operator."""
+        if torch.compiler.is_compiling():  # as part of the graph, which is compiled for numbers that are no tensors
+            return settings.traced_tables([self._hyper_row(group) for group in self.param_groups], self._device())
+        if self._followed:  # numbers in tensors change in place
+            for index, group in enumerate(self.param_groups):
+                self._check_group(index, group)
+            for place, value in self._followed:
+                place.copy_(value)
+        return self._hyper, self._live
 
     def _check_group(self, index: int, group: ParamGroup) -> None:
         try:
-            if _structure_of(group) != self._structure[index]:
+            if structure_of(group) != self._structure[index]:
                 was = dict(zip(settings.STRUCTURE, self._structure[index], strict=True))
                 name = next(name for name in settings.STRUCTURE if group.get(name) != was[name])
                 raise ValueError(
@@ -347,21 +364,26 @@ class ManifoldOptimizer(torch.optim.Optimizer):
     def _collect(self, held: list[tuple[str | None, str | None]]) -> None:
         """The lists that the operator takes, with buffers allocated where they are missing."""
         self._resolve()
-        self._parameters = self._all_parameters()
-        counts = checkpoint.component_counts(self.plan, len(self._parameters))
-        taken = [int(self.state[p].get("step", 0)) for p in self._parameters]
+        parameters = self._all_parameters()
+        masters: dict[int, Tensor] = {}
+        for position, parameter in enumerate(parameters):
+            if operands.wants_master(parameter, self._master_weights):
+                masters[position] = self._master(position, parameter)
+        self._operands = Operands(parameters, masters)
+        counts = checkpoint.component_counts(self.plan, len(parameters))
+        taken = [int(self.state[p].get("step", 0)) for p in parameters]
         steps = torch.tensor(taken, dtype=torch.int64, device=self._device())
         buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
         position = 0
         for group, names in zip(self.param_groups, held, strict=True):
             for parameter in group["params"]:
-                state = self.state[parameter]
+                state, weight = self.state[parameter], self._operands.weights[position]
                 for name, tensors in zip(names, buffers, strict=True):
                     if name is not None and name not in state:
-                        state[name] = checkpoint.new_buffer(name, parameter, counts[position])
+                        state[name] = checkpoint.new_buffer(name, weight, counts[position])
                         # As in torch, the first step with momentum takes the gradient itself, whenever that is.
                         steps[position] = 0
-                    tensors.append(state[name] if name is not None else parameter.detach().new_empty(0))
+                    tensors.append(state[name] if name is not None else weight.new_empty(0))
                 state["step"] = steps[position]
                 position += 1
         self._momenta, self._variances = buffers
@@ -369,11 +391,21 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._held = held
         self._entries = len(self.state)
 
+    def _master(self, position: int, parameter: Tensor) -> Tensor:
+        """The float32 master of a 16-bit parameter: on the manifold as closely as float32 allows."""
+        state = self.state[parameter]
+        if "master" not in state:
+            weight = operands.local(parameter)
+            state["master"] = operands.like(weight, torch.float32).copy_(weight)
+            constraint.place_(self.plan, position, state["master"])
+        master: Tensor = state["master"]
+        return master
+
     def _buffers(self, group: ParamGroup) -> tuple[str | None, str | None]:
         """Names of the buffers that parameters of ``group`` need now: momentum and variance."""
-        return ("momentum_buffer" if group["momentum"] != 0 else None, None)
+        return ("momentum_buffer" if settings.has_momentum(group) else None, None)
 
-    def _hyper_row(self, group: ParamGroup) -> list[float]:
+    def _hyper_row(self, group: ParamGroup) -> list[float | Tensor]:
         return settings.hyper_row(group)
 
     def _all_parameters(self) -> list[Tensor]:
@@ -406,7 +438,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         their scales) and ``nonfinite``. Tensors are the optimizer's own, as in torch: clone them to keep a snapshot.
         """
         if self.state:  # a buffer that a changed setting asks for belongs to the state
-            self._refresh([self._read(group) for group in self.param_groups])
+            self._init_group()
         saved = super().state_dict()
         saved["param_groups"] = [settings.pack(group) for group in saved["param_groups"]]
         return {**saved, **checkpoint.extras(self.plan, self._nonfinite)}
@@ -432,19 +464,19 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         groups = checkpoint.load_groups(state_dict["param_groups"], self.param_groups, self._names)
         try:
             self.param_groups = groups
-            self._structure = [_structure_of(group) for group in groups]
+            self._structure = [structure_of(group) for group in groups]
             for index, group in enumerate(groups):
                 self._check_group(index, group)
                 self._check_manifold(group)
             expected = Plan.build([], [])
             first = 0
             for index, group in enumerate(groups):
-                expected = _joined(expected, self._plan_of(index, first))
+                expected = joined(expected, self._plan_of(index, first))
                 first += len(group["params"])
             parameters = self._all_parameters()
             plan, nonfinite = checkpoint.load_plan(state_dict, expected, parameters)
-            self._check_weights(plan)
-            state = checkpoint.load_state(state_dict, groups, plan, self._buffers, self._where)
+            state = checkpoint.load_state(state_dict, groups, plan, self._buffers, self._where, self._master_weights)
+            self._check_weights(plan, weights=[state.get(p, {}).get("master", p) for p in parameters])
         except BaseException:
             self.param_groups, self._structure = before
             raise
@@ -455,34 +487,9 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("plan", "_names", "_nonfinite", "_structure", "_raise_nonfinite", "_backend")
+        kept = ("plan", "_names", "_nonfinite", "_structure", "_raise_nonfinite", "_backend", "_master_weights")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-
-
-def _structure_of(group: ParamGroup) -> tuple[Any, ...]:
-    return tuple(group.get(name) for name in settings.STRUCTURE)
-
-
-def _layout(group: ParamGroup, parameter: Tensor) -> Layout:
-    if not on_manifold(group):
-        return Layout("flat")
-    of = group["manifold"]
-    default = of.default_view(parameter) if isinstance(of, Collection) else fit.default_view(of, parameter)
-    view = group["view"] or default
-    return Layout(view, int(group["transposed"]), group["channel_groups"], group["rows"])
-
-
-def _joined(one: Plan, other: Plan) -> Plan:
-    """Both plans in one; their numbers of parameters and hyper rows are those of the whole optimizer already."""
-    groups = other.groups.clone()
-    groups[:, GROUP_COLUMNS.index("first")] += other.column("listed") * one.components.numel()
-    groups[:, GROUP_COLUMNS.index("scale")] += one.scales.numel()
-    return Plan(
-        torch.cat([one.groups, groups]),
-        torch.cat([one.components, other.components]),
-        torch.cat([one.scales, other.scales]),
-    )

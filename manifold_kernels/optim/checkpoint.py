@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from manifold_kernels.optim import settings
+from manifold_kernels.optim.groups import DTYPES
+from manifold_kernels.optim.operands import like, local, wants_master
 from manifold_kernels.optim.settings import ParamGroup
 from manifold_kernels.plan import GROUP_COLUMNS, Plan
 
@@ -20,16 +22,15 @@ _PLAN = ("groups", "components", "scales")
 _AGREE = tuple(name for name in GROUP_COLUMNS if name not in ("scale", "scale_stride"))
 
 
-def new_buffer(name: str, parameter: Tensor, components: int) -> Tensor:
-    """The buffer ``name`` of ``parameter``, zero: one number a component for ``exp_avg_sq``, else one a weight.
+def new_buffer(name: str, weight: Tensor, components: int) -> Tensor:
+    """The buffer ``name`` of ``weight``, zero: one number a component for ``exp_avg_sq``, else one a weight.
 
-    The latter has the strides of the parameter, also where that is not dense.
+    The latter has the strides of the weight, also where that is not dense.
     """
     if name == "exp_avg_sq":
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return torch.zeros(components, dtype=dtype, device=parameter.device)
-    buffer = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
-    return buffer.zero_()
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return torch.zeros(components, dtype=dtype, device=weight.device)
+    return like(weight, weight.dtype).zero_()
 
 
 def component_counts(plan: Plan, parameters: int) -> list[int]:
@@ -110,8 +111,12 @@ def load_state(
     plan: Plan,
     buffers: Callable[[ParamGroup], tuple[str | None, str | None]],
     where: Callable[[int], str],
+    master_weights: bool,
 ) -> dict[Tensor, dict[str, Any]]:
-    """The saved states, copied, by parameter; every buffer must have its shape, dtype and strides."""
+    """The saved states, copied, by parameter; every buffer must have its shape and strides.
+
+    Another floating-point type is converted, as torch does, so that a model may go on in another one.
+    """
     owners = [group for group in groups for _ in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
     positions = {key: n for n, key in enumerate(key for group in saved["param_groups"] for key in group["params"])}
@@ -124,13 +129,19 @@ def load_state(
         parameter = parameters[position]
         try:
             needed = {name for name in buffers(owners[position]) if name is not None}
-            state[parameter] = _load_entries(entries, needed, parameter, counts[position])
+            weight = local(parameter)
+            if wants_master(parameter, master_weights):
+                needed.add("master")
+                weight = like(weight, torch.float32)
+            state[parameter] = _load_entries(entries, needed, weight, counts[position])
+            if "master" in needed and not torch.equal(state[parameter]["master"].to(parameter.dtype), local(parameter)):
+                raise ValueError("master: its rounding is not the weight. Load the model's weights first.")
         except ValueError as error:
             raise ValueError(f"state_dict: state of {where(position)}: {error}") from None
     return state
 
 
-def _load_entries(entries: dict[str, Any], needed: set[str], parameter: Tensor, components: int) -> dict[str, Any]:
+def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, components: int) -> dict[str, Any]:
     step = entries.get("step")
     if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or int(step) < 0:
         raise ValueError(f"step: wanted an int64 tensor of no dimensions >= 0, got {step!r}.")
@@ -144,7 +155,7 @@ def _load_entries(entries: dict[str, Any], needed: set[str], parameter: Tensor, 
             continue
         if name not in known:
             raise ValueError(f"{name}: wanted one of {sorted(known | {'step'})}.")
-        buffer = new_buffer(name, parameter, components)
+        buffer = new_buffer(name, weight, components)
         _check_like(name, value, buffer)
         loaded[name] = buffer.copy_(value)
     return loaded
@@ -155,7 +166,7 @@ def _check_like(name: str, value: object, buffer: Tensor) -> None:
         raise ValueError(f"{name}: wanted a dense tensor, got {type(value).__name__}.")
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: wanted shape {tuple(buffer.shape)}, got {tuple(value.shape)}.")
-    if value.dtype != buffer.dtype:
+    if value.dtype not in _saved_types(name, buffer):
         raise ValueError(f"{name}: wanted dtype {buffer.dtype}, got {value.dtype}.")
     if _strides(value) != _strides(buffer):
         raise ValueError(
@@ -166,6 +177,12 @@ def _check_like(name: str, value: object, buffer: Tensor) -> None:
     needed = (value.storage_offset() + extent) * value.element_size() if value.numel() else 0
     if value.untyped_storage().nbytes() < needed:
         raise ValueError(f"{name}: wanted {needed} bytes of storage, got {value.untyped_storage().nbytes()}.")
+
+
+def _saved_types(name: str, buffer: Tensor) -> tuple[torch.dtype, ...]:
+    """The types that a saved ``buffer`` may have: its own, or that of a training in another one."""
+    wide = (torch.float32, torch.float64)
+    return {"master": (buffer.dtype,), "exp_avg_sq": wide}.get(name, DTYPES)
 
 
 def _strides(tensor: Tensor) -> list[int]:

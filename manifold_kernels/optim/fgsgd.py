@@ -58,6 +58,7 @@ class FGSGD(ManifoldOptimizer):
         retraction: ``None`` for the manifold's default, or a name in its ``retractions``; for a collection one that all
             of its manifolds have, or names by manifold: ``{"stiefel": "polar"}``.
         diagnostics: keep R and tau of every group for :meth:`diagnostics` to read.
+        master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves components without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
@@ -100,6 +101,7 @@ class FGSGD(ManifoldOptimizer):
         view: str | None = None,
         retraction: str | Mapping[str, str] | None = None,
         diagnostics: bool = False,
+        master_weights: bool = False,
         nonfinite: str = "skip",
         backend: str = "auto",
     ) -> None:
@@ -127,7 +129,7 @@ class FGSGD(ManifoldOptimizer):
         if not isinstance(diagnostics, bool):
             raise TypeError(f"diagnostics: wanted True or False, got {diagnostics!r}.")
         self._diagnosing = diagnostics
-        super().__init__(params, defaults, nonfinite=nonfinite, backend=backend)
+        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)
 
     def diagnostics(self) -> Diagnostics:
         """R and tau of every group in the last step ([FG] Theorem 1 and Eq. 5).
@@ -147,7 +149,7 @@ class FGSGD(ManifoldOptimizer):
             raise RuntimeError("diagnostics: wanted an optimizer made with diagnostics=True, got one that keeps none.")
         if self._norms is None:
             raise RuntimeError("diagnostics: wanted a step before the first reading, got none. Call step().")
-        return diagnostics.read(self.plan, self._norms, self._hyper)
+        return diagnostics.read(self.plan, self._norms, self._hyper if self._live is None else self._live.cpu())
 
     def _collect(self, held: list[tuple[str | None, str | None]]) -> None:
         super()._collect(held)
@@ -235,7 +237,10 @@ class FGSGD(ManifoldOptimizer):
             plan, layout, ratios = self.plan.rescaled(position, scales)
         except ValueError as error:
             raise ValueError(f"{self._where(position)}: {error}") from None
-        batch = views.matrices(parameter.detach(), layout)
-        moved = batch.double() * ratios.to(parameter.device).reshape(-1, 1, 1)
-        views.write_matrices(parameter, layout, moved.to(parameter.dtype))
+        weight = self.state[parameter].get("master", parameter) if parameter in self.state else parameter
+        batch = views.matrices(weight.detach(), layout)
+        moved = batch.double() * ratios.to(weight.device).reshape(-1, 1, 1)
+        views.write_matrices(weight, layout, moved.to(weight.dtype))
+        if weight is not parameter:
+            parameter.copy_(weight)
         self.plan = plan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_kernels import views
 from manifold_kernels.manifolds import RETRACTIONS, Euclidean
-from manifold_kernels.plan import GROUP_COLUMNS, STEP_SIZES, Plan
+from manifold_kernels.plan import GROUP_COLUMNS, HYPER_COLUMNS, STEP_SIZES, Plan
 from manifold_kernels.plan import RULES as RULE_CODES
 from manifold_kernels.reference.registry import GEOMETRIES
 from manifold_kernels.reference.rules import (
@@ -43,6 +43,7 @@ def step_(
     norms: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; see ``ops.py`` for the arguments.
 
@@ -70,12 +71,13 @@ def step_(
             grad = grads[index]
             if grad is None or grad.numel() == 0 or at["count"] == 0:
                 continue
-            h = Hyper(*hyper[at["hyper"]].tolist())
+            h = Hyper(*(hyper if live is None else live)[at["hyper"]].tolist())
             nonfinite[index] += _step_group(
                 plan,
                 row,
                 at,
                 h,
+                bool(hyper[at["hyper"], HYPER_COLUMNS.index("momentum")] != 0),
                 params[index],
                 grad,
                 momenta[index],
@@ -110,6 +112,7 @@ def _step_group(
     row: int,
     at: dict[str, int],
     h: Hyper,
+    has_momentum: bool,
     param: Tensor,
     grad: Tensor,
     momentum: Tensor,
@@ -121,7 +124,7 @@ def _step_group(
     """Step the components of one group and write R; returns how many were left as they were."""
     euclidean = at["manifold"] == Euclidean.code
     adaptive = at["rule"] == RULE_CODES["adam_g"] and not euclidean
-    buffered = adaptive or h.momentum != 0
+    buffered = adaptive or has_momentum
     if buffered and momentum.shape != param.shape:
         raise ValueError(
             f"momenta: wanted shape {tuple(param.shape)} for parameter {at['parameter']}, got {tuple(momentum.shape)}. "

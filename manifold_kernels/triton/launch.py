@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manifold_kernels.plan import HYPER_COLUMNS, Plan
+from manifold_kernels.plan import Plan
 from manifold_kernels.triton import library
 from manifold_kernels.triton.planning import INTERPRETED, RETRACTION_NAMES, Launch, Member, Schedule, schedule
+from manifold_kernels.triton.tables import HYPER_COLUMNS
 
 #: Options of every compilation: what is fused is written as fma, so that a new compiler does not change results.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -25,6 +26,7 @@ if INTERPRETED:
     interpreter.teach()
 
 _SCHEDULES: OrderedDict[Hashable, tuple[Schedule, tuple[Tensor, ...]]] = OrderedDict()
+_RESIDENT: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 _KEPT = 16
 
 
@@ -60,13 +62,14 @@ def step_(
     norms: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    live: Tensor | None = None,
     /,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; ``ops.py`` has the arguments."""
     plan, amp = Plan(groups, components, scales), Amp.of(grad_scale, found_inf)
     if params:
-        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, norms, amp, False)
-    taken = torch.tensor([grad is not None for grad in grads], dtype=torch.bool).to(steps.device, non_blocking=True)
+        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, live, norms, amp, False)
+    taken = _resident(torch.tensor([grad is not None for grad in grads], dtype=torch.bool), steps.device)
     steps += taken if amp is None else taken & ~amp.skips
 
 
@@ -84,12 +87,13 @@ def warm_up(
     norms: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    live: Tensor | None = None,
     /,
 ) -> None:
     """Compile what a step with these arguments needs, without taking it."""
     plan, amp = Plan(groups, components, scales), Amp.of(grad_scale, found_inf)
     if params:
-        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, norms, amp, True)
+        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, live, norms, amp, True)
 
 
 def _run(
@@ -101,6 +105,7 @@ def _run(
     nonfinite: Tensor,
     plan: Plan,
     hyper: Tensor,
+    live: Tensor | None,
     norms: Tensor | None,
     amp: Amp | None,
     only_compile: bool,
@@ -113,14 +118,15 @@ def _run(
     measured = None
     if norms is not None:
         measured = torch.full(norms.shape, float("nan"), dtype=torch.float64, device=device)
+    numbers = _table(hyper if live is None else live, amp, device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         arguments = (
-            addresses.to(device, non_blocking=True),
+            _resident(addresses, device),
             what.axes,
             what.groups,
             what.components,
-            plan.scales.to(device, non_blocking=True),
-            _table(hyper, amp, device),
+            _resident(plan.scales, device, by_content=False),
+            numbers,
             what.partials,
             what.totals,
             measured if measured is not None else what.totals,
@@ -131,7 +137,7 @@ def _run(
     if only_compile:
         return
     for member in what.library:
-        _by_library(member, plan, hyper, grads, params, momenta, steps, counts, measured, amp)
+        _by_library(member, plan, numbers, grads, params, momenta, steps, counts, measured)
     if counts is not nonfinite:
         nonfinite += counts.to(nonfinite.device)
     if norms is not None and measured is not None:
@@ -141,14 +147,13 @@ def _run(
 def _by_library(
     planned: Member,
     plan: Plan,
-    hyper: Tensor,
+    numbers: Tensor,
     grads: Sequence[Tensor | None],
     params: Sequence[Tensor],
     momenta: Sequence[Tensor],
     steps: Tensor,
     counts: Tensor,
     norms: Tensor | None,
-    amp: Amp | None,
 ) -> None:
     at, parameter = planned.at, planned.at["parameter"]
     grad, weight = grads[parameter], params[parameter]
@@ -158,15 +163,13 @@ def _by_library(
     size = at["count"] if of.individual else 1
     library.step(
         of,
-        dict(zip(HYPER_COLUMNS, hyper[at["hyper"]].tolist(), strict=True)),
+        dict(zip(HYPER_COLUMNS, numbers[at["hyper"]].unbind(), strict=True)),
         plan.members(of.row).to(weight.device),
         plan.scale(of.row),
         RETRACTION_NAMES[at["retraction"]],
         steps[parameter].to(weight.device) == 0,
         counts,
         None if norms is None else norms[of.first_norm : of.first_norm + size],
-        None if amp is None else amp.scale,
-        None if amp is None else amp.skips,
     )
 
 
@@ -194,8 +197,26 @@ def _addresses(
             params, grads, momenta, variances, _element_addresses(steps), strict=True
         )
     ]
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table.pin_memory() if params[0].device.type == "cuda" else table
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _resident(table: Tensor, device: torch.device, by_content: bool = True) -> Tensor:
+    """``table`` on ``device``, copied when it changes: a captured graph replays what it reads, and no copy from a host.
+
+    Told apart by what it holds, or (not ``by_content``) as a tensor that may be written to.
+    """
+    if table.device == device:
+        return table
+    known = table.numpy().tobytes() if by_content else (id(table), table._version)
+    key = (device, table.dtype, known)
+    if key not in _RESIDENT:
+        # The table is kept with its copy, so that no other tensor can come by its identity.
+        source = table.pin_memory() if device.type == "cuda" else table
+        _RESIDENT[key] = source.to(device, non_blocking=True), table
+        if len(_RESIDENT) > 4 * _KEPT:
+            _RESIDENT.popitem(last=False)
+    _RESIDENT.move_to_end(key)
+    return _RESIDENT[key][0]
 
 
 def _element_addresses(tensor: Tensor) -> range:
@@ -206,11 +227,10 @@ def _element_addresses(tensor: Tensor) -> range:
 def _table(hyper: Tensor, amp: Amp | None, device: torch.device) -> Tensor:
     """The table of hyper-parameters as kernels read it (``tables.HYPER_COLUMNS``), on ``device``."""
     sign = 1 - 2 * hyper[:, HYPER_COLUMNS.index("maximize"), None]
-    table = torch.cat([hyper, sign, torch.zeros_like(sign)], 1).to(device, non_blocking=True)
-    if amp is not None:
-        table[:, -2] *= amp.scale
-        table[:, -1] = amp.skips
-    return table
+    table = _resident(torch.cat([hyper, sign, torch.zeros_like(sign)], 1), device)
+    if amp is None:
+        return table
+    return torch.cat([table[:, :-2], table[:, -2:-1] * amp.scale, amp.skips.to(table.dtype).expand_as(sign)], 1)
 
 
 def _schedule(
@@ -244,6 +264,7 @@ def _schedule(
 def forget() -> None:
     """Plan the next step anew."""
     _SCHEDULES.clear()
+    _RESIDENT.clear()
 
 
 def _seen(tensor: Tensor) -> Hashable:
