@@ -41,7 +41,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,23 @@ def _step_fake(*args: object) -> None:
 
 torch.library.register_fake("manifold_kernels::step_", _step_fake, lib=_library)
 
+#: Backends in Python. Compiled graphs hold operators only, so that there each of them is one, of the same schema.
+_IN_PYTHON = ("reference", "triton")
+
+
+def _as_operator(backend: str) -> None:
+    def step(*arguments: Any) -> None:
+        resolve(backend, arguments[0][0].device)(*arguments)
+
+    name = f"{backend}_step_"
+    _library.define(SCHEMA.replace("step_", name, 1))  # type: ignore[no-untyped-call]
+    _library.impl(name, step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"manifold_kernels::{name}", _step_fake, lib=_library)
+
+
+for _backend in _IN_PYTHON:
+    _as_operator(_backend)
+
 
 @lru_cache(maxsize=1)
 def extension_error() -> str | None:
@@ -123,6 +140,15 @@ def automatic(device_type: str) -> str:
         return chosen
     fastest = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
     return "reference" if backends()[fastest] is not None else fastest
+
+
+def in_graphs(step: Step) -> Step:
+    """``step`` as ``torch.compile`` may put it into a graph: the operator that it is or stands behind."""
+    for backend in _IN_PYTHON:
+        if step.__module__.startswith(f"manifold_kernels.{backend}"):
+            operator: Step = getattr(torch.ops.manifold_kernels, f"{backend}_step_").default
+            return operator
+    return step
 
 
 def resolve(backend: str, device: torch.device) -> Step:

@@ -120,7 +120,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         hyper, live = self._tables()
         plan, stepped = self.plan, self._operands
         with torch.no_grad():
-            self._operator(
+            (self._in_graphs if torch.compiler.is_compiling() else self._operator)(
                 stepped.weights,
                 stepped.gradients(grads),
                 self._momenta,
@@ -309,6 +309,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._read = itemgetter(*self._names)
         self._seen: list[tuple[Any, ...]] | None = None
         self._entries = -1
+        self._ready = False
         self._held: list[tuple[str | None, str | None]] | None = None
         self._norms: Tensor | None = None  # R of every group, where the step is to write it
 
@@ -319,7 +320,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         the graph.
         """
         values = [self._read(group) for group in self.param_groups]
-        if values != self._seen or len(self.state) != self._entries:
+        if not self._ready or values != self._seen or len(self.state) != self._entries:
             self._refresh(values)
 
     def _refresh(self, values: list[tuple[Any, ...]]) -> None:
@@ -334,11 +335,14 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         if tensors := settings.in_tensors(rows):
             live = self._live = self._hyper.to(self._device(), copy=True)
             self._followed = [(live[row, column], value) for row, column, value in tensors]
-        self._seen = values
+        self._seen, self._ready = values, True
 
     def _tables(self) -> tuple[Tensor, Tensor | None]:
         """The tables of hyper-parameters for a step, ``hyper`` and ``live`` of the operator."""
-        if torch.compiler.is_compiling():  # as part of the graph, which is compiled for numbers that are no tensors
+        if torch.compiler.is_compiling():
+            # As part of the graph, which is valid for the numbers it was made with and while states are in place.
+            if not self._ready:
+                raise RuntimeError("step: wanted states in place. Call step() once before it is compiled.")
             return settings.traced_tables([self._hyper_row(group) for group in self.param_groups], self._device())
         if self._followed:  # numbers in tensors change in place
             for index, group in enumerate(self.param_groups):
@@ -417,6 +421,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
 
     def _resolve(self) -> None:
         self._operator = ops.resolve(self._backend, self._device())
+        self._in_graphs = ops.in_graphs(self._operator)
 
     def _where(self, position: int) -> str:
         """The parameter at ``position`` in words."""
