@@ -13,10 +13,11 @@ from operator import itemgetter
 from typing import Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from manifold_kernels import fit, ops, views
+from manifold_kernels.binding import is_replaced
 from manifold_kernels.collection import Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, manifold
 from manifold_kernels.optim import checkpoint, constraint, operands, settings
@@ -141,9 +142,13 @@ class ManifoldOptimizer(torch.optim.Optimizer):
 
     def _look_at(self, grads: list[Tensor | None], found_inf: Tensor | None) -> None:
         """Raise ``ValueError`` for a gradient that a step must not see."""
+        idle = False
         for grad in grads:
+            idle = idle or grad is None
             if grad is not None and grad.layout is not torch.strided:
                 self._refuse_layout(grads)
+        if idle and not torch.compiler.is_compiling():
+            self._refuse_replaced(grads)
         # A gradient scaler that has found infinities skips the step by itself.
         if self._raise_nonfinite and not (found_inf is not None and bool(found_inf)):
             self._refuse_nonfinite(grads)
@@ -154,6 +159,16 @@ class ManifoldOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"gradient of {self._where(position)}: wanted a dense (strided) one, got {grad.layout}. "
                     "Sparse gradients, as of Embedding(sparse=True), need an optimizer of their own."
+                )
+
+    def _refuse_replaced(self, grads: list[Tensor | None]) -> None:
+        parameters = self._all_parameters()
+        for position, grad in enumerate(grads):
+            if grad is None and is_replaced(parameters[position]):
+                raise ValueError(
+                    f"{self._where(position)}: was replaced in its model, by load_state_dict(assign=True) or "
+                    "fully_shard for example, and gets no gradient any more. Call optimizer.rebind(model) to step the model's own, "
+                    "or make the optimizer afterwards. Nothing was written."
                 )
 
     def _refuse_nonfinite(self, grads: list[Tensor | None]) -> None:
@@ -452,7 +467,9 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         """Take over a state from :meth:`state_dict`, so that training goes on with the same bits.
 
         Load the model first: its weights are checked against the manifolds and scales that were saved. Settings and
-        scales come from ``state_dict``. Tensors are copied.
+        scales come from ``state_dict``. Tensors are copied. A dict with torch's own two entries alone, as
+        ``torch.distributed.checkpoint`` makes it, is taken with the plan of the param groups; scales that were moved
+        are not in it.
 
         Raises:
             ValueError: naming the first thing that does not fit this optimizer, which stays as it was: a missing entry,
@@ -464,7 +481,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        checkpoint.check_entries(state_dict)
+        whole = checkpoint.check_entries(state_dict)
         before = self.param_groups, self._structure
         groups = checkpoint.load_groups(state_dict["param_groups"], self.param_groups, self._names)
         try:
@@ -479,7 +496,9 @@ class ManifoldOptimizer(torch.optim.Optimizer):
                 expected = joined(expected, self._plan_of(index, first))
                 first += len(group["params"])
             parameters = self._all_parameters()
-            plan, nonfinite = checkpoint.load_plan(state_dict, expected, parameters)
+            plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64)
+            if whole:
+                plan, nonfinite = checkpoint.load_plan(state_dict, expected, parameters)
             state = checkpoint.load_state(state_dict, groups, plan, self._buffers, self._where, self._master_weights)
             self._check_weights(plan, weights=[state.get(p, {}).get("master", p) for p in parameters])
         except BaseException:
@@ -490,6 +509,48 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def rebind(self, model: nn.Module) -> None:
+        """Step the parameters of ``model`` in place of those of the same names, keeping settings and states.
+
+        For models whose parameters were replaced, by ``load_state_dict(assign=True)`` for example. Masters are made
+        anew from the weights.
+
+        Raises:
+            ValueError: parameters without a name (``param_groups`` and ``named_parameters`` give one), a name that the
+                model does not have, a weight that does not fit its state or is off its manifold. The optimizer stays as
+                it was.
+
+        >>> from manifold_kernels import FGSGD, param_groups
+        >>> model = nn.Sequential(nn.Conv2d(2, 4, 3))
+        >>> optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.1)
+        >>> _ = model.load_state_dict({name: w.clone() for name, w in model.state_dict().items()}, assign=True)
+        >>> optimizer.rebind(model)
+        >>> optimizer.param_groups[0]["params"][0] is model[0].weight
+        True
+        """
+        found = dict(model.named_parameters(remove_duplicate=False))
+        for position, name in enumerate(self.parameter_names()):
+            if name not in found:
+                raise ValueError(f"{self._where(position)}: wanted its namesake in the model, got none.")
+        before = [(group, group["params"]) for group in self.param_groups]
+        saved = self.state_dict()
+        try:
+            names = iter(self.parameter_names())
+            for group, params in before:
+                group["params"] = [found[name] for _, name in zip(params, names, strict=False)]
+            for key, parameter in enumerate(self._all_parameters()):
+                if "master" in saved["state"].get(key, {}):
+                    master = operands.like(operands.local(parameter), torch.float32).copy_(parameter.detach())
+                    constraint.place_(self.plan, key, master)
+                    with torch.no_grad():
+                        parameter.copy_(master)
+                    saved["state"][key] = {**saved["state"][key], "master": master}
+            self.load_state_dict(saved)
+        except BaseException:
+            for group, params in before:
+                group["params"] = params
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("plan", "_names", "_nonfinite", "_structure", "_raise_nonfinite", "_backend", "_master_weights")

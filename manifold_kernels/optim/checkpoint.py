@@ -44,16 +44,18 @@ def extras(plan: Plan, nonfinite: Tensor) -> dict[str, Any]:
     return {"version": VERSION, "plan": {name: getattr(plan, name) for name in _PLAN}, "nonfinite": nonfinite}
 
 
-def check_entries(saved: dict[str, Any]) -> None:
-    """Raise unless ``saved`` has all entries and a known version."""
-    for entry in _ENTRIES:
+def check_entries(saved: dict[str, Any]) -> bool:
+    """Raise unless ``saved`` has all entries and a known version, or torch's own two alone; whether it has all."""
+    whole = any(entry in saved for entry in _ENTRIES[2:])
+    for entry in _ENTRIES if whole else _ENTRIES[:2]:
         if entry not in saved:
             raise ValueError(f"state_dict: wanted the entries {list(_ENTRIES)}, {entry!r} is missing.")
-    if saved["version"] != VERSION:
+    if whole and saved["version"] != VERSION:
         raise ValueError(f"state_dict: wanted version {VERSION}, got {saved['version']!r}.")
     for entry, kind in (("state", dict), ("param_groups", list), ("plan", dict), ("nonfinite", Tensor)):
-        if not isinstance(saved[entry], kind):
+        if entry in saved and not isinstance(saved[entry], kind):
             raise ValueError(f"state_dict: wanted {entry!r} as {kind.__name__}, got {type(saved[entry]).__name__}.")
+    return whole
 
 
 def load_groups(saved: list[ParamGroup], current: list[ParamGroup], names: Sequence[str]) -> list[ParamGroup]:
