@@ -58,8 +58,8 @@ def test_a_training_goes_on_in_another_type(dtype: torch.dtype) -> None:
 
 
 def test_a_model_whose_parameters_were_replaced() -> None:
-    """``assign=True`` puts new parameters into the model. The step says so; after rebinding it goes on as if nothing had
-    happened."""
+    """``assign=True`` puts new parameters into the model. The step says so; after rebinding it goes on as if nothing
+    had happened."""
     model, twin = network(), network()
     optimizer, other = (FGSGD(param_groups(m, "stiefel"), lr=0.5, momentum=0.9) for m in (model, twin))
     train(model, optimizer, range(2))

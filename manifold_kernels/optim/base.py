@@ -20,10 +20,11 @@ from manifold_kernels import fit, ops, views
 from manifold_kernels.binding import is_replaced
 from manifold_kernels.collection import Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, manifold
-from manifold_kernels.optim import checkpoint, constraint, operands, settings
+from manifold_kernels.optim import checkpoint, constraint, operands, settings, sharding
 from manifold_kernels.optim.groups import check_parameter, joined, layout_of, refuse_shared, structure_of
 from manifold_kernels.optim.operands import Operands
 from manifold_kernels.optim.settings import ParamGroup, on_manifold
+from manifold_kernels.optim.sharding import SharedNorms
 from manifold_kernels.plan import Group, Plan
 from manifold_kernels.views import Layout
 
@@ -76,6 +77,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         "channel_groups": 1,
         "rows": 1,
     }
+    #: Whether a learning rate of 0 leaves weights as they are, to the bit.
+    rests: ClassVar[bool] = False
     #: Gradient scalers leave ``grad_scale`` and ``found_inf`` to the step, as with torch's fused optimizers.
     _step_supports_amp_scaling = True
     #: The views offered; the default is that of rules for vectors.
@@ -119,15 +122,18 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._look_at(grads, found_inf)
         self._init_group()
         hyper, live = self._tables()
-        plan, stepped = self.plan, self._operands
+        stepped, operator = self._operands, self._operator
+        if torch.compiler.is_compiling():
+            operator = self._in_graphs
+        weights, grads = stepped.weights(self._frozen), stepped.gradients(grads)
+        lists = weights, grads, self._momenta, self._variances, self._steps, self._nonfinite
+        plan, r = self.plan, None
         with torch.no_grad():
-            (self._in_graphs if torch.compiler.is_compiling() else self._operator)(
-                stepped.weights,
-                stepped.gradients(grads),
-                self._momenta,
-                self._variances,
-                self._steps,
-                self._nonfinite,
+            if self._shared_norms:
+                plan = self._shared_norms.plan
+                hyper, live, r = self._shared_norms.tables(operator, *lists, hyper, live, (grad_scale, found_inf))
+            operator(
+                *lists,
                 plan.groups,
                 plan.components,
                 plan.scales,
@@ -138,6 +144,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
                 live,
             )
             stepped.store(grads, found_inf)
+            if r is not None and self._norms is not None:
+                self._shared_norms.write(self._norms, r)
         return loss
 
     def _look_at(self, grads: list[Tensor | None], found_inf: Tensor | None) -> None:
@@ -167,8 +175,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             if grad is None and is_replaced(parameters[position]):
                 raise ValueError(
                     f"{self._where(position)}: was replaced in its model, by load_state_dict(assign=True) or "
-                    "fully_shard for example, and gets no gradient any more. Call optimizer.rebind(model) to step the model's own, "
-                    "or make the optimizer afterwards. Nothing was written."
+                    "fully_shard for example, and gets no gradient any more. Call optimizer.rebind(model) to step the "
+                    "model's own, or make the optimizer afterwards. Nothing was written."
                 )
 
     def _refuse_nonfinite(self, grads: list[Tensor | None]) -> None:
@@ -202,7 +210,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
 
         The measure is that of :func:`manifold_kernels.functional.weight_violation`, taken in float64.
         """
-        found = [each.violation for each in constraint.violations(self.plan, self._all_parameters())]
+        weights = [operands.local(parameter) for parameter in self._all_parameters()]
+        found = [each.violation for each in constraint.violations(self.plan, weights)]
         return float(torch.tensor([0.0, *found], dtype=torch.float64).max())  # unlike Python's, NaN if any is
 
     def check(self) -> None:
@@ -214,7 +223,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         self._check_weights(self.plan)
 
     def _check_weights(self, plan: Plan, first: int = 0, weights: Sequence[Tensor] | None = None) -> None:
-        for found in constraint.violations(plan, self._all_parameters() if weights is None else weights, first):
+        weights = [operands.local(weight) for weight in weights or self._all_parameters()]
+        for found in constraint.violations(plan, weights, first):
             if not found.violation <= found.tolerance:
                 raise ValueError(
                     f"{self._where(found.parameter)}: is off its manifold. Wanted {found.manifold} up to "
@@ -289,10 +299,12 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         for position, parameter in enumerate(group["params"], first):
             try:
                 check_parameter(parameter, self._device())
-                groups += self._groups_of(position, position - first, index, parameter, layout_of(group, parameter))
+                full = sharding.whole(parameter)
+                found = self._groups_of(position, position - first, index, full, layout_of(group, full))
+                groups += sharding.localized(found, parameter)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{self._where(position)}: {error}") from None
-        return Plan.build(groups, self._all_parameters())
+        return Plan.build(groups, [operands.local(parameter) for parameter in self._all_parameters()])
 
     def _groups_of(self, position: int, within: int, index: int, parameter: Tensor, layout: Layout) -> list[Group]:
         """The rows of the plan of parameter ``within`` of param group ``index``, at ``position`` in the optimizer."""
@@ -350,6 +362,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         if tensors := settings.in_tensors(rows):
             live = self._live = self._hyper.to(self._device(), copy=True)
             self._followed = [(live[row, column], value) for row, column, value in tensors]
+        self._frozen = [position for position, lr in enumerate(self._rates()) if self.rests and lr == 0]
         self._seen, self._ready = values, True
 
     def _tables(self) -> tuple[Tensor, Tensor | None]:
@@ -365,6 +378,13 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             for place, value in self._followed:
                 place.copy_(value)
         return self._hyper, self._live
+
+    def _rates(self) -> list[Any]:
+        """The learning rate of every parameter that is a number, else ``None``."""
+        rates = [
+            (None if isinstance(group["lr"], Tensor) else group["lr"], group["params"]) for group in self.param_groups
+        ]
+        return [rate for rate, params in rates for _ in params]
 
     def _check_group(self, index: int, group: ParamGroup) -> None:
         try:
@@ -389,6 +409,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             if operands.wants_master(parameter, self._master_weights):
                 masters[position] = self._master(position, parameter)
         self._operands = Operands(parameters, masters)
+        self._shared_norms = SharedNorms(self.plan, parameters, len(self.param_groups))
         counts = checkpoint.component_counts(self.plan, len(parameters))
         taken = [int(self.state[p].get("step", 0)) for p in parameters]
         steps = torch.tensor(taken, dtype=torch.int64, device=self._device())
@@ -396,13 +417,14 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         position = 0
         for group, names in zip(self.param_groups, held, strict=True):
             for parameter in group["params"]:
-                state, weight = self.state[parameter], self._operands.weights[position]
+                state, weight = self.state[parameter], self._operands.held[position]
                 for name, tensors in zip(names, buffers, strict=True):
                     if name is not None and name not in state:
-                        state[name] = checkpoint.new_buffer(name, weight, counts[position])
+                        buffer = checkpoint.new_buffer(name, weight, counts[position])
+                        state[name] = sharding.as_sharded(buffer, parameter)
                         # As in torch, the first step with momentum takes the gradient itself, whenever that is.
                         steps[position] = 0
-                    tensors.append(state[name] if name is not None else weight.new_empty(0))
+                    tensors.append(operands.local(state[name]) if name is not None else weight.new_empty(0))
                 state["step"] = steps[position]
                 position += 1
         self._momenta, self._variances = buffers
@@ -415,10 +437,10 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         if "master" not in state:
             weight = operands.local(parameter)
-            state["master"] = operands.like(weight, torch.float32).copy_(weight)
-            constraint.place_(self.plan, position, state["master"])
-        master: Tensor = state["master"]
-        return master
+            master = operands.like(weight, torch.float32).copy_(weight)
+            constraint.place_(self.plan, position, master)
+            state["master"] = sharding.as_sharded(master, parameter)
+        return operands.local(state["master"])
 
     def _buffers(self, group: ParamGroup) -> tuple[str | None, str | None]:
         """Names of the buffers that parameters of ``group`` need now: momentum and variance."""
@@ -498,7 +520,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             parameters = self._all_parameters()
             plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64)
             if whole:
-                plan, nonfinite = checkpoint.load_plan(state_dict, expected, parameters)
+                weights = [operands.local(parameter) for parameter in parameters]
+                plan, nonfinite = checkpoint.load_plan(state_dict, expected, weights)
             state = checkpoint.load_state(state_dict, groups, plan, self._buffers, self._where, self._master_weights)
             self._check_weights(plan, weights=[state.get(p, {}).get("master", p) for p in parameters])
         except BaseException:
@@ -535,6 +558,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{self._where(position)}: wanted its namesake in the model, got none.")
         before = [(group, group["params"]) for group in self.param_groups]
         saved = self.state_dict()
+        if any(operands.is_sharded(found[name]) for name in self.parameter_names()):
+            saved = {entry: saved[entry] for entry in ("state", "param_groups")}  # the plan is of other components
         try:
             names = iter(self.parameter_names())
             for group, params in before:

@@ -13,6 +13,7 @@ from manifold_kernels.optim import settings
 from manifold_kernels.optim.groups import DTYPES
 from manifold_kernels.optim.operands import like, local, wants_master
 from manifold_kernels.optim.settings import ParamGroup
+from manifold_kernels.optim.sharding import as_sharded
 from manifold_kernels.plan import GROUP_COLUMNS, Plan
 
 VERSION = 1
@@ -136,8 +137,10 @@ def load_state(
                 needed.add("master")
                 weight = like(weight, torch.float32)
             state[parameter] = _load_entries(entries, needed, weight, counts[position])
-            if "master" in needed and not torch.equal(state[parameter]["master"].to(parameter.dtype), local(parameter)):
+            own = state[parameter]
+            if "master" in needed and not torch.equal(own["master"].to(parameter.dtype), local(parameter)):
                 raise ValueError("master: its rounding is not the weight. Load the model's weights first.")
+            state[parameter] = {n: v if n == "step" else as_sharded(v, parameter) for n, v in own.items()}
         except ValueError as error:
             raise ValueError(f"state_dict: state of {where(position)}: {error}") from None
     return state
@@ -158,6 +161,7 @@ def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, com
         if name not in known:
             raise ValueError(f"{name}: wanted one of {sorted(known | {'step'})}.")
         buffer = new_buffer(name, weight, components)
+        value = local(value) if isinstance(value, Tensor) else value
         _check_like(name, value, buffer)
         loaded[name] = buffer.copy_(value)
     return loaded

@@ -17,6 +17,7 @@ from manifold_kernels.manifolds import Euclidean, Manifold, Oblique, Sphere, Sti
 from manifold_kernels.optim import diagnostics
 from manifold_kernels.optim.base import ManifoldOptimizer
 from manifold_kernels.optim.diagnostics import Diagnostics
+from manifold_kernels.optim.operands import local
 from manifold_kernels.optim.settings import ParamGroup
 from manifold_kernels.plan import Group
 from manifold_kernels.views import Layout
@@ -73,6 +74,7 @@ class FGSGD(ManifoldOptimizer):
     """
 
     rule = "fg_sgd"
+    rests = True
     accepts = (Sphere, Oblique, Stiefel, Collection)
     euclidean_only: ClassVar[Mapping[str, object]] = {"weight_decay": 0.0}
     manifold_only: ClassVar[Mapping[str, object]] = {
@@ -237,10 +239,11 @@ class FGSGD(ManifoldOptimizer):
             plan, layout, ratios = self.plan.rescaled(position, scales)
         except ValueError as error:
             raise ValueError(f"{self._where(position)}: {error}") from None
-        weight = self.state[parameter].get("master", parameter) if parameter in self.state else parameter
-        batch = views.matrices(weight.detach(), layout)
+        master = self.state[parameter].get("master") if parameter in self.state else None
+        weight = local(parameter if master is None else master)
+        batch = views.matrices(weight, layout)
         moved = batch.double() * ratios.to(weight.device).reshape(-1, 1, 1)
         views.write_matrices(weight, layout, moved.to(weight.dtype))
-        if weight is not parameter:
-            parameter.copy_(weight)
+        if master is not None:
+            local(parameter).copy_(weight)
         self.plan = plan

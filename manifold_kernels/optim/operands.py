@@ -42,12 +42,19 @@ class Operands:
     Args:
         parameters: the optimizer's parameters.
         masters: the float32 master of a parameter, by its position, where it has one.
+
+    Attributes:
+        held: the parameter, its shard or its master, by position.
     """
 
     def __init__(self, parameters: Sequence[Tensor], masters: dict[int, Tensor]) -> None:
         self._masters = [(position, local(parameters[position]), master) for position, master in masters.items()]
         self._sharded = [position for position, parameter in enumerate(parameters) if is_sharded(parameter)]
-        self.weights = [masters.get(position, local(parameter)) for position, parameter in enumerate(parameters)]
+        self.held = [masters.get(position, local(parameter)) for position, parameter in enumerate(parameters)]
+
+    def weights(self, frozen: Sequence[int]) -> list[Tensor]:
+        """What the operator writes: ``held``, and copies for the positions ``frozen``, which are to stay."""
+        return [each.clone() if at in frozen else each for at, each in enumerate(self.held)] if frozen else self.held
 
     def gradients(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         """``grads`` as the operator takes them: shards as they lie, those of masters in float32."""
