@@ -134,7 +134,7 @@ def hyper_table(rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64).reshape(-1, len(HYPER_COLUMNS))
 
 
-def traced_tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """``hyper`` and ``live`` of the operator, as operations on tensors alone."""
     hyper = hyper_table(rows)
     tensors = in_tensors(rows)

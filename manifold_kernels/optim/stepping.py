@@ -154,7 +154,7 @@ class Stepping(Planned):
             # As part of the graph, which is valid for the numbers it was made with and while states are in place.
             if not self._ready:
                 raise RuntimeError("step: wanted states in place. Call step() once before it is compiled.")
-            return settings.traced_tables([self._hyper_row(group) for group in self.param_groups], self._device())
+            return settings.tables([self._hyper_row(group) for group in self.param_groups], self._device())
         if self._followed:  # numbers in tensors change in place
             for index, group in enumerate(self.param_groups):
                 self._check_group(index, group)
