@@ -110,6 +110,19 @@ class ManifoldOptimizer(Stepping):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
+        try:
+            self._take_over(state_dict)
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:  # what stands there may be anything
+            raise ValueError(
+                f"state_dict: wanted one of {type(self).__name__}, got something else: {error!r}."
+            ) from error
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
+        """Check everything in ``state_dict``, then replace groups, plan and states by it."""
         whole = checkpoint.check_entries(state_dict)
         before = self.param_groups, self._structure
         groups = checkpoint.load_groups(state_dict["param_groups"], self.param_groups, self._names)
@@ -137,8 +150,6 @@ class ManifoldOptimizer(Stepping):
         self.plan, self._nonfinite = plan, nonfinite.to(self._device())
         self.state = defaultdict(dict, state)
         self._forget()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def rebind(self, model: nn.Module) -> None:
         """Step the parameters of ``model`` in place of those of the same names, keeping settings and states.

@@ -56,6 +56,12 @@ def check_entries(saved: dict[str, Any]) -> bool:
     for entry, kind in (("state", dict), ("param_groups", list), ("plan", dict), ("nonfinite", Tensor)):
         if entry in saved and not isinstance(saved[entry], kind):
             raise ValueError(f"state_dict: wanted {entry!r} as {kind.__name__}, got {type(saved[entry]).__name__}.")
+    for entry in saved["param_groups"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("params"), list):
+            raise ValueError(f"state_dict: wanted param groups as dicts with a list 'params', got {entry!r}.")
+    for key, entries in saved["state"].items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"state_dict: wanted the state of parameter {key!r} as a dict, got {entries!r}.")
     return whole
 
 
@@ -148,7 +154,7 @@ def load_state(
 
 def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, components: int) -> dict[str, Any]:
     step = entries.get("step")
-    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or int(step) < 0:
+    if not isinstance(step, Tensor) or step.is_meta or step.dtype != torch.int64 or step.dim() or int(step) < 0:
         raise ValueError(f"step: wanted an int64 tensor of no dimensions >= 0, got {step!r}.")
     # A momentum buffer may also be there from before momentum was switched off.
     known = needed | {"momentum_buffer"}
@@ -168,8 +174,8 @@ def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, com
 
 
 def _check_like(name: str, value: object, buffer: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        raise ValueError(f"{name}: wanted a dense tensor, got {type(value).__name__}.")
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        raise ValueError(f"{name}: wanted a dense tensor with numbers in it, got {type(value).__name__}.")
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: wanted shape {tuple(buffer.shape)}, got {tuple(value.shape)}.")
     if value.dtype not in _saved_types(name, buffer):
