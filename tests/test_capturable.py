@@ -98,12 +98,12 @@ def test_a_step_reads_no_number_from_a_tensor(kind: type, monkeypatch: pytest.Mo
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     monkeypatch.setattr(settings, "check", lambda group: None)
-    tables = optimizer._live, optimizer._steps, optimizer._operands.held[0]
+    tables = optimizer._live, optimizer._steps, optimizer._operands.weights()[0]
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     with NoReading():
         optimizer.step()
         with pytest.raises(AssertionError, match="a number was read"):
             float(optimizer.param_groups[0]["lr"])
     assert optimizer._steps.tolist() == [2, 2]
-    now = optimizer._live, optimizer._steps, optimizer._operands.held[0]
+    now = optimizer._live, optimizer._steps, optimizer._operands.weights()[0]
     assert all(mine is theirs for mine, theirs in zip(tables, now, strict=True))

@@ -88,10 +88,28 @@ def test_rebinding_masters() -> None:
     optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.5, master_weights=True)
     train(model, optimizer, range(2))
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.rebind(model)
-    for parameter in model.parameters():
-        assert torch.equal(optimizer.state[parameter]["master"].bfloat16(), parameter)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     train(model, optimizer, range(2, 3))
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(optimizer.state[parameter]["master"].bfloat16(), parameter) and not torch.equal(
+            parameter, old
+        )
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_memory_that_is_replaced_below_a_parameter(masters: bool) -> None:
+    """``model.to(...)`` puts new memory into the same parameters; steps go there."""
+    dtype = torch.bfloat16 if masters else torch.float32
+    model, twin = network(dtype), network(dtype)
+    optimizer, other = (FGSGD(param_groups(m, "stiefel"), lr=0.5, master_weights=masters) for m in (model, twin))
+    train(twin, other, range(4))
+    train(model, optimizer, range(2))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    train(model, optimizer, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

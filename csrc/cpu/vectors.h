@@ -76,7 +76,7 @@ class Vector {
 
   bool gradients_finite() const {
     for (int64_t i = 0; i < n; i++)
-      if (!is_finite(gradient<A>(i))) return false;
+      if (!is_finite(g[i])) return false;
     return true;
   }
 
@@ -107,7 +107,12 @@ class Vector {
       return here;
     };
     w = place(job.weight, geometry.weight_stride, span.weight, true);
+    A* const divided = spare;
     g = place(job.grad, geometry.grad_stride, span.grad, !second || !momentum.buffer_is_direction());
+    if (job.rule != Rule::fg_sgd && !momentum.plain) {  // PSI, SGD-G and Adam-G sweep over quotients
+      for (int64_t i = 0; i < n; i++) divided[i] = gradient<A>(i);
+      g = divided;
+    }
     const bool old = job.momentum && (second || !job.first_step);
     m = place(job.momentum, geometry.weight_stride, span.weight, old);
     fresh = spare;
@@ -251,7 +256,7 @@ class Vector {
     Sum<A> ww, gg, uu;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
-      const V x = at<V>(w + i), y = gradient<V>(i);
+      const V x = at<V>(w + i), y = at<V>(g + i);
       ww.add(x, x);
       gg.add(y, y);
       if (old) {
@@ -270,7 +275,7 @@ class Vector {
     bool fits = true;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
-      const V y = gradient<V>(i);
+      const V y = at<V>(g + i);
       V u = scale_invariant::velocity(old ? at<V>(m + i) : V(A(0)), y, V(rho), V(minus_rate));
       if constexpr (wide) {
         if (job.momentum) u = V(as_stored(job.storage, R(u)));
@@ -302,7 +307,7 @@ class Vector {
     Sum<A> ww, wg, gg, tt;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
-      const V x = at<V>(w + i), y = gradient<V>(i);
+      const V x = at<V>(w + i), y = at<V>(g + i);
       ww.add(x, x);
       wg.add(x, y);
       gg.add(y, y);
@@ -321,8 +326,7 @@ class Vector {
     Sum<A> hh;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
-      const V y = gradient<V>(i);
-      const V x = sphere::rgrad(at<V>(w + i) * V(inverse), y, V(inner));
+      const V x = sphere::rgrad(at<V>(w + i) * V(inverse), at<V>(g + i), V(inner));
       to(fresh + i, x);
       hh.add(x, x);
     });

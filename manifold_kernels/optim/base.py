@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from manifold_kernels.optim import checkpoint, constraint, operands, settings
+from manifold_kernels.optim import checkpoint, operands, settings
 from manifold_kernels.optim.groups import joined, structure_of
 from manifold_kernels.optim.stepping import Stepping
 from manifold_kernels.plan import Plan
@@ -155,7 +155,7 @@ class ManifoldOptimizer(Stepping):
         """Step the parameters of ``model`` in place of those of the same names, keeping settings and states.
 
         For models whose parameters were replaced, by ``load_state_dict(assign=True)`` for example. Masters are made
-        anew from the weights.
+        anew from the weights at the next step.
 
         Raises:
             ValueError: parameters without a name (``param_groups`` and ``named_parameters`` give one), a name that the
@@ -182,13 +182,10 @@ class ManifoldOptimizer(Stepping):
             names = iter(self.parameter_names())
             for group, params in before:
                 group["params"] = [found[name] for _, name in zip(params, names, strict=False)]
-            for key, parameter in enumerate(self._all_parameters()):
-                if "master" in saved["state"].get(key, {}):
-                    master = operands.like(operands.local(parameter), torch.float32).copy_(parameter.detach())
-                    constraint.place_(self.plan, key, master)
-                    with torch.no_grad():
-                        parameter.copy_(master)
-                    saved["state"][key] = {**saved["state"][key], "master": master}
+            saved["state"] = {
+                key: {name: value for name, value in state.items() if name != "master"}
+                for key, state in saved["state"].items()
+            }
             self.load_state_dict(saved)
         except BaseException:
             for group, params in before:

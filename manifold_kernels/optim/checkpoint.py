@@ -140,10 +140,10 @@ def load_state(
             needed = {name for name in buffers(owners[position]) if name is not None}
             weight = local(parameter)
             if wants_master(parameter, master_weights):
-                needed.add("master")
                 weight = like(weight, torch.float32)
-            state[parameter] = _load_entries(entries, needed, weight, counts[position])
-            own = state[parameter]
+                if "master" in entries:  # else it is made from the weight, as for a training that had none
+                    needed.add("master")
+            own = _load_entries(entries, needed, weight, counts[position])
             if "master" in needed and not torch.equal(own["master"].to(parameter.dtype), local(parameter)):
                 raise ValueError("master: its rounding is not the weight. Load the model's weights first.")
             state[parameter] = {n: v if n == "step" else as_sharded(v, parameter) for n, v in own.items()}

@@ -23,7 +23,7 @@ def local(tensor: Tensor) -> Tensor:
         with torch.no_grad():
             shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
             return shard
-    return tensor.detach()
+    return tensor
 
 
 def wants_master(parameter: Tensor, master_weights: bool) -> bool:
@@ -43,18 +43,18 @@ class Operands:
         parameters: the optimizer's parameters.
         masters: the float32 master of a parameter, by its position, where it has one.
 
-    Attributes:
-        held: the parameter, its shard or its master, by position.
+    Parameters are held, not their memory: ``parameter.data`` may be replaced, by ``model.to(...)`` for example.
     """
 
     def __init__(self, parameters: Sequence[Tensor], masters: dict[int, Tensor]) -> None:
-        self._masters = [(position, local(parameters[position]), master) for position, master in masters.items()]
+        self._masters = [(position, parameters[position], master) for position, master in masters.items()]
         self._sharded = [position for position, parameter in enumerate(parameters) if is_sharded(parameter)]
-        self.held = [masters.get(position, local(parameter)) for position, parameter in enumerate(parameters)]
+        self._held = [masters.get(position, parameter) for position, parameter in enumerate(parameters)]
 
-    def weights(self, frozen: Sequence[int]) -> list[Tensor]:
-        """What the operator writes: ``held``, and copies for the positions ``frozen``, which are to stay."""
-        return [each.clone() if at in frozen else each for at, each in enumerate(self.held)] if frozen else self.held
+    def weights(self, frozen: Sequence[int] = ()) -> list[Tensor]:
+        """What the operator writes by position: parameter, shard or master; copies of those that are to stay."""
+        held = [local(each) for each in self._held] if self._sharded else self._held
+        return [each.clone() if at in frozen else each for at, each in enumerate(held)] if frozen else held
 
     def gradients(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         """``grads`` as the operator takes them: shards as they lie, those of masters in float32."""
@@ -71,9 +71,10 @@ class Operands:
 
     def store(self, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> None:
         """Round the masters that were stepped to their weights, unless ``found_inf`` says that nothing was."""
-        for position, weight, master in self._masters:
+        for position, parameter, master in self._masters:
             if grads[position] is None:
                 continue
+            weight = local(parameter)
             if found_inf is None:
                 weight.copy_(master)
             else:

@@ -52,10 +52,10 @@ class Stepping(Planned):
         stepped, operator = self._operands, self._operator
         if torch.compiler.is_compiling():
             operator = self._in_graphs
-        weights, grads = stepped.weights(self._frozen), stepped.gradients(grads)
-        lists = weights, grads, self._momenta, self._variances, self._steps, self._nonfinite
         plan, r = self.plan, None
         with torch.no_grad():
+            weights, grads = stepped.weights(self._frozen), stepped.gradients(grads)
+            lists = weights, grads, self._momenta, self._variances, self._steps, self._nonfinite
             if self._shared_norms:
                 plan = self._shared_norms.plan
                 hyper, live, r = self._shared_norms.tables(operator, *lists, hyper, live, (grad_scale, found_inf))
@@ -197,10 +197,11 @@ class Stepping(Planned):
         taken = [int(self.state[p].get("step", 0)) for p in parameters]
         steps = torch.tensor(taken, dtype=torch.int64, device=self._device())
         buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        weights = self._operands.weights()
         position = 0
         for group, names in zip(self.param_groups, held, strict=True):
             for parameter in group["params"]:
-                state, weight = self.state[parameter], self._operands.held[position]
+                state, weight = self.state[parameter], weights[position]
                 for name, tensors in zip(names, buffers, strict=True):
                     if name is not None and name not in state:
                         buffer = checkpoint.new_buffer(name, weight, counts[position])
@@ -219,7 +220,7 @@ class Stepping(Planned):
         """The float32 master of a 16-bit parameter: on the manifold as closely as float32 allows."""
         state = self.state[parameter]
         if "master" not in state:
-            weight = operands.local(parameter)
+            weight = operands.local(parameter).detach()
             master = operands.like(weight, torch.float32).copy_(weight)
             constraint.place_(self.plan, position, master)
             state["master"] = sharding.as_sharded(master, parameter)
