@@ -76,8 +76,8 @@ def same(one: Run, other: Run) -> bool:
 @engines
 @pytest.mark.parametrize(
     ("options", "size"),
-    [({}, 1e2), ({"momentum": 0.9, "nesterov": 1.0}, 1e2), ({"momentum": 0.9, "maximize": 1.0}, 1e2), ({}, 1e25)],
-    ids=["plain", "ahead", "uphill", "huge"],
+    [({"momentum": 0.9, "nesterov": 1.0}, 1e2), ({"momentum": 0.9, "maximize": 1.0}, 1e2), ({}, 1e25)],
+    ids=["ahead", "uphill", "huge"],
 )
 def test_gradients_are_divided_before_everything_else(
     step: Step, engine: Engine, options: dict[str, float], size: float
