@@ -20,7 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from manifold_kernels import FGSGD, param_groups, partition
+from manifold_kernels import FGSGD, AdamG, param_groups, partition
 
 WORLD = 2
 
@@ -104,6 +104,43 @@ def shards_with_given_gradients(name: str) -> dict[str, Any]:
     return {"params": [whole(p) for p in model.parameters()], "norms": norms}
 
 
+def rows() -> tuple[nn.Module, AdamG]:
+    """Five rows of unit norm; one row more than a rank's share is on the first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 5, bias=False))
+    model[0].weight.data = nn.functional.normalize(model[0].weight.data, dim=1)
+    groups = [{"params": [("0.weight", model[0].weight)], "manifold": "grassmann"}]
+    return model, AdamG(groups, lr=0.05)
+
+
+def sharded_rows(folder: Path) -> list[Tensor]:
+    """Three steps of AdamG on shards, saved and loaded after two: weight, first and second moments."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def made() -> tuple[nn.Module, AdamG]:
+        model, optimizer = rows()
+        fully_shard(model, mesh=mesh)
+        optimizer.rebind(model)
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: AdamG, number: int) -> None:
+        model[0].weight.grad = distribute_tensor(gradients(model, number)[0], mesh, [Shard(0)])
+        optimizer.step()
+
+    model, optimizer = made()
+    for number in range(2):
+        step(model, optimizer, number)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(state, checkpoint_id=str(folder / "rows"))
+    model, optimizer = made()
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=str(folder / "rows"))
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    step(model, optimizer, 2)
+    own = optimizer.state[model[0].weight]
+    return [whole(model[0].weight), whole(own["exp_avg"]), whole(own["exp_avg_sq"])]
+
+
 def fully_sharded(rank: int, folder: Path) -> dict[str, Any]:
     """Forward, backward and step of a sharded model, saved and loaded on the way by torch's distributed checkpoints."""
     out: dict[str, Any] = {}
@@ -171,6 +208,7 @@ def main(rank: int, folder: Path) -> None:
         "ddp": replicas(rank),
         **{name: shards_with_given_gradients(name) for name in ("layer", "pio")},
         "fsdp": fully_sharded(rank, folder),
+        "rows": sharded_rows(folder),
         "cut": cut_matrices(),
         "zero": zero(rank),
     }

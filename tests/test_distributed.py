@@ -120,6 +120,18 @@ def test_a_distributed_checkpoint_goes_on_in_one_process(ranks: tuple[Path, list
     close(found["fsdp"]["params"], [p.detach() for p in model.parameters()], roundings=1000)
 
 
+def test_rows_in_shards_have_their_second_moments_in_shards(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Rows do not feel each other: AdamG on shards, through a distributed checkpoint, has the bits of one process."""
+    model, optimizer = worker.rows()
+    for number in range(3):
+        model[0].weight.grad = worker.gradients(model, number)[0]
+        optimizer.step()
+    own = optimizer.state[model[0].weight]
+    for found in ranks[1]:
+        for mine, theirs in zip(found["rows"], [model[0].weight, own["exp_avg"], own["exp_avg_sq"]], strict=True):
+            assert torch.equal(mine, theirs)
+
+
 def test_a_view_whose_matrices_are_cut_is_refused(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     for found in ranks[1]:
         assert "0.weight" in found["cut"] and "'matrix' has matrices over several ranks" in found["cut"]

@@ -38,9 +38,8 @@ def as_sharded(shard: Tensor, parameter: Tensor) -> Tensor:
     if shard.dim() == parameter.dim():
         shape, stride = parameter.shape, parameter.stride()
     else:  # one number a component: components are cut as the first dimension is
-        parts = [of.device_mesh.size(dim) for dim, placed in enumerate(of.placements) if placed.is_shard()]
         rows = local(parameter).shape[0]
-        count = shard.shape[0] * parameter.shape[0] // rows if rows and parts else shard.shape[0]
+        count = shard.shape[0] * parameter.shape[0] // rows if rows else parameter.shape[0]
         shape, stride = torch.Size([count]), (1,)
     return DTensor.from_local(shard, of.device_mesh, of.placements, run_check=False, shape=shape, stride=stride)
 
