@@ -1,13 +1,16 @@
-# make demo | test | test-long | lint | bench | build | clean. All of them set up .venv first (Python 3.11 or newer).
+# make demo | test | test-long | lint | bench | api | build | clean. All of them set up .venv first (Python 3.11 or newer).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CHECK ?=
+
+# Modules that are no API, or need what may not be there.
+HIDDEN := '!manifold_kernels.triton' '!manifold_kernels.__main__' '!manifold_kernels._C' '!manifold_kernels.demo'
 
 BIN := .venv/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-long lint bench build clean
+.PHONY: demo test test-long lint bench api build clean
 
 build: .venv/built
 
@@ -32,8 +35,12 @@ lint: .venv/base .venv/dev
 bench: .venv/built .venv/dev
 	$(BIN)/manifold-kernels bench --peers --plots results/bench
 
+# The API reference in docs/api, from the docstrings.
+api: .venv/built .venv/dev
+	$(BIN)/pdoc --docformat restructuredtext --output-directory docs/api manifold_kernels $(HIDDEN)
+
 clean:
-	rm -rf build dist results *.egg-info manifold_kernels/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist results docs/api *.egg-info manifold_kernels/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f .venv/built
 
 .venv/base: requirements.txt

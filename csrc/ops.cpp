@@ -77,6 +77,15 @@ void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hyper
                     " has a scale out of range.");
 }
 
+// One of AMP's numbers, or `otherwise` where it is not given.
+double number_of(const std::optional<at::Tensor>& tensor, const char* name, double otherwise) {
+  if (!tensor.has_value()) return otherwise;
+  TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat && tensor->numel() == 1, name,
+                    ": wanted one float32 number on the CPU, got ", tensor->toString(), " of shape ", tensor->sizes(),
+                    ".");
+  return double(*tensor->const_data_ptr<float>());
+}
+
 // What a parameter's jobs point into.
 struct Parameter {
   Geometry geometry;
@@ -103,7 +112,8 @@ struct Parameter {
 void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList momenta,
            at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite, const at::Tensor& groups,
            const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper,
-           const std::optional<at::Tensor>& norms) {
+           const std::optional<at::Tensor>& norms, const std::optional<at::Tensor>& grad_scale,
+           const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& live) {
   const int64_t count = int64_t(params.size());
   TORCH_CHECK_VALUE(
       int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
@@ -113,11 +123,20 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   check_table(components, "components", at::kLong, 0);
   check_table(scales, "scales", at::kDouble, 0);
   check_table(hyper, "hyper", at::kDouble, hyper_columns);
+  if (live.has_value()) {
+    check_table(*live, "live", at::kDouble, hyper_columns);
+    TORCH_CHECK_VALUE(live->sizes() == hyper.sizes(), "live: wanted the shape of hyper, ", hyper.sizes(), ", got ",
+                      live->sizes(), ".");
+  }
+  const Hyper* numbers = reinterpret_cast<const Hyper*>(live.value_or(hyper).const_data_ptr<double>());
   check_table(steps, "steps", at::kLong, 0);
   check_table(nonfinite, "nonfinite", at::kLong, 0);
   if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
   TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
                     " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
+
+  const double scale = number_of(grad_scale, "grad_scale", 1);
+  const bool skips = number_of(found_inf, "found_inf", 0) != 0;
 
   std::vector<at::Tensor> grad(count);  // undefined where there is nothing to do
   std::vector<bool> stepped(count, false);
@@ -135,6 +154,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   std::vector<Job> jobs, library_jobs;
   std::vector<int64_t> job_parameter, library_parameter;
   const GroupRow* rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<int64_t>());
+  const Hyper* terms = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>());
   int64_t norm = 0, next_norm = 0;  // where the row's entries in `norms` start and end
   for (int64_t r = 0; r < groups.size(0); r++) {
     const GroupRow& row = rows[r];
@@ -175,9 +195,9 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     job.scales = scales.const_data_ptr<double>() + row.scale;
     job.scale_stride = row.scale_stride;
     job.rule = Rule(row.rule);
-    job.hyper = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>())[row.hyper];
+    job.hyper = numbers[row.hyper];
     const bool adaptive = job.rule == Rule::adam_g && job.manifold == ManifoldCode::grassmann;
-    if (adaptive || job.hyper.momentum != 0) {
+    if (adaptive || terms[row.hyper].momentum != 0) {
       TORCH_CHECK_VALUE(momenta[i].numel() > 0, "momenta[", i, "]: wanted a buffer like the weight, ", weight.sizes(),
                         ", got an empty tensor. Only parameters without momentum have none.");
       job.momentum = momenta[i].data_ptr();
@@ -187,6 +207,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     if (norms.has_value() && job.rule == Rule::fg_sgd) job.norms = norms->data_ptr<double>() + norm;
     job.step = steps.const_data_ptr<int64_t>()[i];
     job.first_step = job.step == 0;
+    job.divisor = job.hyper.maximize != 0 ? -scale : scale;
     if (adaptive) {
       const auto number = job.storage == Storage::float64 ? at::kDouble : at::kFloat;
       TORCH_CHECK_VALUE(variances[i].numel() == parameter->geometry.count && variances[i].scalar_type() == number &&
@@ -205,6 +226,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
                       norms->sizes(), ".");
     std::fill_n(norms->data_ptr<double>(), next_norm, std::nan(""));
   }
+  if (skips) return;
 
   int64_t* skipped = nonfinite.data_ptr<int64_t>();
   const std::vector<int64_t> left = run(jobs);

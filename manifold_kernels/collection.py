@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from numpy.random import RandomState
 from torch import Tensor
 
 from manifold_kernels import fit, functional, views
 from manifold_kernels.manifolds import Euclidean, Grassmann, Manifold, ScaleInvariant, Sphere, retraction_code
 from manifold_kernels.views import Layout, Shape
+
+if TYPE_CHECKING:
+    from numpy.random import RandomState
 
 SCHEMES = ("po", "pi", "pio", "single", "individual")
 
@@ -108,6 +110,8 @@ class Collection:
         The same on every rank and with every version of torch and numpy: ``RandomState`` is frozen.
         """
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        from numpy.random import RandomState  # as long to import as the rest of the package
+
         dealer = _Dealer(RandomState(np.frombuffer(digest, "<u4").astype(np.uint32)), len(self.manifolds), self.shared)
         grid = np.arange(outputs * inputs).reshape(outputs, inputs)
         subsets = self.subsets or len(self.manifolds)

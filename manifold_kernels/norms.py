@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from manifold_kernels.manifolds import BY_NAME, MANIFOLDS, Manifold, Oblique, Sphere, Stiefel
@@ -15,6 +15,9 @@ from manifold_kernels.optim.base import ManifoldOptimizer
 from manifold_kernels.optim.constraint import tolerance
 from manifold_kernels.plan import GROUP_COLUMNS, Plan
 from manifold_kernels.views import matrices, shape_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 #: What stands in the last dimension of tensors of norms.
 NORMS: tuple[str, ...] = ("frobenius", "spectral", "2->1")
@@ -259,6 +262,8 @@ def norms_table(norms: Iterable[WeightNorms]) -> Table:
     Proposition 1 says of renormalised components; the last column counts the components whose 2->1 norm is above the
     one that [FG] Table IV gives.
     """
+    from rich.table import Table
+
     table = Table("weight", "manifold", "matrices", *NORMS, "<= 1", "above Table IV", title="norms of weights")
     for one in norms:
         above = int((one.components[:, 2] > one.claimed * (1 + one.slack)).sum())

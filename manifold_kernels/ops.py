@@ -21,8 +21,17 @@
   rules, parameters without a gradient, groups without a component, individual components that did not step, and
   Euclidean groups that wrote NaN or Inf through. Beyond 1e154, where its square leaves float64, R may be infinite. The
   step is the same to the bit with and without ``norms``.
+* ``grad_scale``, optional: float32, one number. Every gradient is divided by it before everything else, in the step's
+  arithmetic; the gradient itself stays as it is.
+* ``found_inf``, optional: float32, one number. Where it is not zero nothing is written, neither weights nor states nor
+  ``steps`` nor ``nonfinite``; ``norms`` become NaN. Both are what ``torch.amp.GradScaler`` gives to torch's fused
+  optimizers.
+* ``live``, optional: a table like ``hyper``, whose numbers the step takes instead. ``hyper`` then only says which terms
+  there are: whether momentum, weight decay, ``nesterov`` and ``maximize`` are zero. For numbers that only the device
+  knows: learning rates in tensors there.
 
-Everything but the weights, gradients and states lies on the CPU.
+``steps``, ``nonfinite``, ``grad_scale``, ``found_inf`` and ``live`` lie on the parameters' device, where a step reads
+them without waiting for it; ``groups``, ``components``, ``scales``, ``hyper`` and ``norms`` on the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +41,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +50,8 @@ from manifold_kernels.triton import support
 
 SCHEMA = (
     "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
-    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None) -> ()"
+    "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? live=None) -> ()"
 )
 
 
@@ -61,6 +71,9 @@ class Step(Protocol):
         scales: Tensor,
         hyper: Tensor,
         norms: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        live: Tensor | None = None,
         /,
     ) -> None: ...
 
@@ -74,6 +87,23 @@ def _step_fake(*args: object) -> None:
 
 
 torch.library.register_fake("manifold_kernels::step_", _step_fake, lib=_library)
+
+#: Backends in Python. Compiled graphs hold operators only, so that there each of them is one, of the same schema.
+_IN_PYTHON = ("reference", "triton")
+
+
+def _as_operator(backend: str) -> None:
+    def step(*arguments: Any) -> None:
+        resolve(backend, arguments[0][0].device)(*arguments)
+
+    name = f"{backend}_step_"
+    _library.define(SCHEMA.replace("step_", name, 1))  # type: ignore[no-untyped-call]
+    _library.impl(name, step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"manifold_kernels::{name}", _step_fake, lib=_library)
+
+
+for _backend in _IN_PYTHON:
+    _as_operator(_backend)
 
 
 @lru_cache(maxsize=1)
@@ -110,6 +140,15 @@ def automatic(device_type: str) -> str:
         return chosen
     fastest = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
     return "reference" if backends()[fastest] is not None else fastest
+
+
+def in_graphs(step: Step) -> Step:
+    """``step`` as ``torch.compile`` may put it into a graph: the operator that it is or stands behind."""
+    for backend in _IN_PYTHON:
+        if step.__module__.startswith(f"manifold_kernels.{backend}"):
+            operator: Step = getattr(torch.ops.manifold_kernels, f"{backend}_step_").default
+            return operator
+    return step
 
 
 def resolve(backend: str, device: torch.device) -> Step:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_kernels import collection, fit, functional, norm_detection
+from manifold_kernels.binding import remember
 from manifold_kernels.collection import Assignment, Collection, retraction_codes
 from manifold_kernels.layers import CONVOLUTIONS, LAYERS, layout
 from manifold_kernels.manifolds import BY_NAME, Euclidean, Grassmann, Manifold, ScaleInvariant, _Scaled
@@ -484,6 +485,7 @@ def _uses(model: nn.Module) -> list[_Use]:
                     f"{prefix}{name}: wanted an initialised parameter, got {type(parameter).__name__} on "
                     f"{parameter.device}. Run one forward pass or load the weights first."
                 )
+            remember(parameter, owner, name)
             uses.append(_Use(prefix + name, owner_name, owner, parameter))
         if isinstance(owner, LAYERS) and "weight" not in own:
             uses.append(_Use(f"{prefix}weight", owner_name, owner, None))

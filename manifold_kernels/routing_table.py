@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from manifold_kernels.collection import Collection
 from manifold_kernels.fit import scale_of
 from manifold_kernels.manifolds import Euclidean, Manifold, _Scaled
 from manifold_kernels.views import Layout, shape_of
+
+if TYPE_CHECKING:  # imported when a table is made: it takes longer than the rest of the package
+    from rich.console import Console
+    from rich.table import Table
 
 _COLUMNS = ("name", "shape", "manifold", "scale", "view", "components", "grouping", "note")
 
@@ -27,6 +29,8 @@ def routing_table(groups: Iterable[Mapping[str, Any]]) -> Table:
     Raises:
         ValueError: a group has no ``names``.
     """
+    from rich.table import Table
+
     table = Table(*_COLUMNS, title="param groups")
     for index, group in enumerate(groups):
         if "names" not in group:
@@ -43,6 +47,8 @@ def print_routing_table(groups: Iterable[Mapping[str, Any]], console: Console | 
 
     >>> print_routing_table(param_groups(model, "stiefel"))  # doctest: +SKIP
     """
+    from rich.console import Console
+
     if console is None:
         console = Console()
         if not console.is_terminal:

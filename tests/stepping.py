@@ -132,6 +132,8 @@ def run_steps(
     count: int | None = None,
     fill: float = 0.0,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Run:
     """Take steps with the backend ``step``.
 
@@ -144,6 +146,8 @@ def run_steps(
         count: the number of steps where ``grads_per_step`` is a function.
         fill: what the buffers hold before the first step, which must not read it.
         norms: where every step writes R of its groups.
+        grad_scale: what the gradients are divided by.
+        found_inf: whether steps are skipped.
     """
     run = params if isinstance(params, Run) else start(params, groups, hyper, fill=fill)
     plan = Plan.build(groups, run.params)
@@ -171,5 +175,7 @@ def run_steps(
             plan.scales,
             table,
             norms,
+            grad_scale,
+            found_inf,
         )
     return run

@@ -26,6 +26,14 @@ def test_first_step_learns_and_keeps_its_constraint(
     assert max(violations) < 1e-6  # elements of a 3x3 Gram matrix, eps 1.2e-7: three products and the rounding of W
 
 
+@pytest.mark.parametrize("trainer", ["lightning", "accelerate"])
+def test_trainers_learn_and_keep_the_constraint(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(trainer, reason=f"{trainer} is not installed")
+    losses, violation = run(f"with_{trainer}.py", monkeypatch)
+    assert losses[-1] < 0.2 * losses[0]
+    assert violation < 1e-6
+
+
 def test_principal_directions_are_the_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("principal_directions.py", monkeypatch) == pytest.approx(1, abs=1e-9)
 

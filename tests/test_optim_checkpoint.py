@@ -250,7 +250,7 @@ MISFITS: list[tuple[Spoil, str]] = [
     (lambda s: put(s, 0, "momentum_buffer", torch.zeros(4, 2, 9)), r"momentum_buffer: wanted shape \(4, 2, 3, 3\)"),
     (lambda s: put(s, 0, "momentum_buffer", torch.zeros(4, 2, 3, 3)), "momentum_buffer: wanted strides"),
     (lambda s: put(s, 0, "momentum_buffer", torch.zeros(()).expand(4, 2, 3, 3)), "momentum_buffer: wanted strides"),
-    (lambda s: put(s, 2, "momentum_buffer", torch.zeros(2).half()), "momentum_buffer: wanted dtype torch.float32"),
+    (lambda s: put(s, 2, "momentum_buffer", torch.zeros(2).int()), "momentum_buffer: wanted dtype torch.float32"),
     (lambda s: put(s, 0, "exp_avg", torch.zeros(1)), "exp_avg: wanted one of"),
     (short, "momentum_buffer: wanted 288 bytes of storage, got 8"),
 ]

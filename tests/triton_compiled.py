@@ -18,12 +18,16 @@ KERNEL, FILTER, MATRIX, FLAT = Layout("kernel"), Layout("filter"), Layout("matri
 SGD = {"lr": 0.1, "momentum": 0.9}
 
 
-def kernels(case: Case) -> list[planning.Kernel]:
+#: One case for each kernel, compiled with AMP's numbers too.
+SCALED = ("euclidean", "stiefel 3x3 channels_last", "sphere 4608", "stiefel 32x32 polar", "psi_sgd 576", "adam_g 576")
+
+
+def kernels(case: Case, amp: bool) -> list[planning.Kernel]:
     """What a step of ``case`` launches, the sum of partial norms left out."""
     run = start([case.weight], case.groups, [case.hyper])
     run.params[0] = case.weight
     plan = Plan.build(case.groups, run.params)
-    made = planning.schedule(plan, run.params, [run.params[0]], run.momenta, hyper_table([case.hyper]), False)
+    made = planning.schedule(plan, run.params, [run.params[0]], run.momenta, hyper_table([case.hyper]), False, amp)
     return [launch.kernel for launch in made.launches if not launch.sums]
 
 
@@ -54,15 +58,16 @@ def cases() -> dict[str, Case]:
 
 
 def main(targets: list[str]) -> None:
-    for name, case in cases().items():
-        for kernel in kernels(case):
+    made = cases()
+    for name, amp in [*((name, False) for name in made), *((name, True) for name in SCALED)]:
+        for kernel in kernels(made[name], amp):
             mode = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(
                 dict(kernel.constants)["MODE"], ""
             )
             for target in targets:
                 found = compiling.compile_kernel(kernel, target)
                 line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}
-                print(json.dumps({"kernel": name + mode, "target": target, **line}), flush=True)
+                print(json.dumps({"kernel": name + mode + ", scaled" * amp, "target": target, **line}), flush=True)
 
 
 if __name__ == "__main__":

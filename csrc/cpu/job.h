@@ -60,8 +60,9 @@ struct Job {
   Retraction retraction;
   Hyper hyper;
   bool individual, bounded, first_step;
-  double* norms;  // where R is asked for ([FG] Theorem 1): one number, or one for each component where individual
-  int64_t step;   // steps taken before this one
+  double divisor;  // of the gradient, before everything else: AMP's scale, negative where the step goes uphill
+  double* norms;   // where R is asked for ([FG] Theorem 1): one number, or one for each component where individual
+  int64_t step;    // steps taken before this one
 
   int64_t component(int64_t k) const { return listed ? listed[k] : first + k; }
   double scale(int64_t k) const { return scales[k * scale_stride]; }

@@ -11,8 +11,8 @@ template <class R>
 MK_FN Momentum<R> momentum_of(const Job& job) {
   const Hyper& h = job.hyper;
   const bool decays = job.manifold == ManifoldCode::euclidean;
-  return {R(h.momentum),   R(1 - h.dampening), R(decays ? h.weight_decay : 0), job.first_step,
-          h.nesterov != 0, h.maximize != 0,    job.momentum != nullptr};
+  return {R(h.momentum),   R(1 - h.dampening), R(decays ? h.weight_decay : 0), R(job.divisor), job.first_step,
+          h.nesterov != 0, job.divisor == 1,   job.momentum != nullptr};
 }
 
 template <class R>

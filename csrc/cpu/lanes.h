@@ -342,7 +342,7 @@ class Lanes {
         momentum(momentum_of<R>(job)),
         step_size(step_size_of<R>(job)),
         native(job.storage == (sizeof(R) == 4 ? Storage::float32 : Storage::float64)),
-        steady(momentum.buffer_is_direction() && !momentum.first && !momentum.maximize && native &&
+        steady(momentum.buffer_is_direction() && !momentum.first && momentum.plain && native &&
                momentum.one_minus_dampening == R(1)),
         scale0(R(job.scales[0])),
         inverse0(T(R(1)) / scale0) {}

@@ -111,7 +111,7 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
   };
 
   at::Tensor d = take(grad, g.grad_stride);
-  if (job.hyper.maximize != 0) d = -d;
+  if (job.divisor != 1) d = d / job.divisor;
   const at::Tensor W = take(weight, g.weight_stride);
   const at::Tensor placed = W.isfinite().flatten(1).all(1);
   at::Tensor usable = d.isfinite().flatten(1).all(1).logical_and(placed);

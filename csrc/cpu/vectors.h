@@ -52,6 +52,18 @@ class Vector {
     }
   }
 
+  // The gradient, divided: a quotient is rounded to R on the wide path, too.
+  template <class V>
+  MK_FN V gradient(int64_t i) const {
+    if constexpr (wide) {
+      return V(momentum_of<R>(job).gradient(R(0), R(g[i])));
+    } else {
+      return momentum.gradient(V(A(0)), at<V>(g + i));
+    }
+  }
+
+  MK_FN static bool is_finite(A grad) { return Scalar(abs(grad)) <= Scalar(Limits<R>::largest); }
+
   // f(i, tag) over all elements; the wide path goes one by one.
   template <class F>
   MK_FN void each(const F& f) const {
@@ -60,6 +72,12 @@ class Vector {
     } else {
       sweep<A>(n, f);
     }
+  }
+
+  bool gradients_finite() const {
+    for (int64_t i = 0; i < n; i++)
+      if (!is_finite(g[i])) return false;
+    return true;
   }
 
   bool all_within(const A* x, Scalar limit) const {
@@ -89,7 +107,12 @@ class Vector {
       return here;
     };
     w = place(job.weight, geometry.weight_stride, span.weight, true);
+    A* const divided = spare;
     g = place(job.grad, geometry.grad_stride, span.grad, !second || !momentum.buffer_is_direction());
+    if (job.rule != Rule::fg_sgd && !momentum.plain) {  // PSI, SGD-G and Adam-G sweep over quotients
+      for (int64_t i = 0; i < n; i++) divided[i] = gradient<A>(i);
+      g = divided;
+    }
     const bool old = job.momentum && (second || !job.first_step);
     m = place(job.momentum, geometry.weight_stride, span.weight, old);
     fresh = spare;
@@ -101,10 +124,9 @@ class Vector {
   // Whether weight, gradient and new buffer are finite; the buffer is computed and thrown away.
   bool finite() const {
     for (int64_t i = 0; i < n; i++) {
-      const A grad = momentum.gradient(A(0), g[i]);
+      const A grad = gradient<A>(i);
       const A kept = momentum.buffered ? new_buffer(grad, momentum.first ? A(0) : m[i]) : grad;
-      if (!(Scalar(abs(grad)) <= largest()) || !(Scalar(abs(kept)) <= largest()) || !(Scalar(abs(w[i])) <= largest()))
-        return false;
+      if (!is_finite(grad) || !(Scalar(abs(kept)) <= largest()) || !(Scalar(abs(w[i])) <= largest())) return false;
     }
     return true;
   }
@@ -119,7 +141,7 @@ class Vector {
       if (second && momentum.buffer_is_direction()) {
         d = at<V>(m + i);
       } else {
-        const V grad = momentum.gradient(V(A(0)), at<V>(g + i));
+        const V grad = gradient<V>(i);
         if (momentum.buffered) {
           const V buffer = second ? at<V>(m + i) : new_buffer(grad, momentum.first ? V(A(0)) : at<V>(m + i));
           if (!second) to(fresh + i, buffer);
@@ -165,7 +187,7 @@ class Vector {
   template <class V>
   MK_FN V direction(V kept, int64_t i, bool second) const {
     if (second || !momentum.buffered || !momentum.nesterov) return kept;
-    return momentum.direction(momentum.gradient(V(A(0)), at<V>(g + i)), kept);
+    return momentum.direction(gradient<V>(i), kept);
   }
 
   // `fresh` becomes the buffer.
@@ -242,16 +264,17 @@ class Vector {
     // No element of the new u, nor of the new w, is longer than this.
     const Scalar bound = sqrt(square) + Scalar(h.momentum) * sqrt(uu.value()) + rate * sqrt(gg.value());
     if (!wide && !(bound * bound <= fast_square())) return false;
-    const A minus_rate = A(h.maximize != 0 ? rate : -rate), rho = A(job.momentum ? h.momentum : 0);
+    const A minus_rate = A(-rate), rho = A(job.momentum ? h.momentum : 0);
     const A kept = A(scale_invariant::keep(Scalar(rate * h.weight_decay)));
     Sum<A> after;
     bool fits = true;
     each([&](int64_t i, auto tag) {
       using V = decltype(tag);
-      V u = scale_invariant::velocity(old ? at<V>(m + i) : V(A(0)), at<V>(g + i), V(rho), V(minus_rate));
+      const V y = at<V>(g + i);
+      V u = scale_invariant::velocity(old ? at<V>(m + i) : V(A(0)), y, V(rho), V(minus_rate));
       if constexpr (wide) {
         if (job.momentum) u = V(as_stored(job.storage, R(u)));
-        fits = fits && Scalar(abs(g[i])) <= largest() && !(job.momentum && !(Scalar(abs(u)) <= largest()));
+        fits = fits && is_finite(y) && !(job.momentum && !(Scalar(abs(u)) <= largest()));
       } else if (job.momentum) {
         u = as_stored(job.storage, u);
       }
@@ -288,13 +311,12 @@ class Vector {
         tt.add(z, z);
       }
     });
-    if (wide ? !(all_within(g, largest()) && (!old || all_within(m, largest())))
+    if (wide ? !(gradients_finite() && (!old || all_within(m, largest())))
              : !(gg.value() <= fast_square() && tt.value() <= fast_square()))
       return false;
     const Scalar norm = sqrt(ww.value());
     if (!(norm >= 0)) return false;
     const Scalar unit = norm > 0 ? 1 / norm : Scalar(0);  // a zero row takes the direction of its first step
-    const Scalar sign = h.maximize != 0 ? -1 : 1;
     const A inverse = A(unit), inner = A(wg.value() * unit);
     Sum<A> hh;
     each([&](int64_t i, auto tag) {
@@ -305,13 +327,13 @@ class Vector {
     });
     const Scalar length = sqrt(hh.value()), clip = grassmann::clip(length, Scalar(h.clip));
     // d = old tau + gain h, moved along by `factor`
-    Scalar factor = 1, gain = -sign * h.lr * clip;
+    Scalar factor = 1, gain = -h.lr * clip;
     const Scalar keep = old ? Scalar(h.momentum) : Scalar(0);
     if (adam) {
       const Scalar before = job.first_step ? Scalar(0) : Scalar(variance(component));
       const Scalar second = h.beta2 * before + (1 - h.beta2) * (clip * length) * (clip * length);
       const Scalar t = Scalar(job.step + 1);
-      gain = sign * (1 - h.momentum) * clip;
+      gain = (1 - h.momentum) * clip;
       factor = -h.lr * sqrt(1 - power(h.beta2, t)) / (1 - power(h.momentum, t)) / sqrt(second + h.eps);
       set_variance(component, second);
     }

@@ -9,12 +9,12 @@ namespace mk {
 // with it to the bit; weight_decay is 0 where the group's manifold has a fixed norm.
 template <class R>
 struct Momentum {
-  R momentum, one_minus_dampening, weight_decay;
-  bool first, nesterov, maximize, buffered;
+  R momentum, one_minus_dampening, weight_decay, divisor;
+  bool first, nesterov, plain, buffered;  // plain: the gradient is taken as it is, its divisor is 1
 
   template <class T>
   MK_FN T gradient(T w, T g) const {
-    if (maximize) g = -g;
+    if (!plain) g = g / T(divisor);
     if (weight_decay != R(0)) g = fma(w, T(weight_decay), g);
     return g;
   }

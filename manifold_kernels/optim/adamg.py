@@ -42,6 +42,7 @@ class AdamG(ManifoldOptimizer):
         nesterov: as in torch.
         maximize: steps uphill.
         manifold: ``Grassmann()``, its name, or ``None``.
+        master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves vectors without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
@@ -78,6 +79,7 @@ class AdamG(ManifoldOptimizer):
         nesterov: bool = False,
         maximize: bool = False,
         manifold: Manifold | str | None = None,
+        master_weights: bool = False,
         nonfinite: str = "skip",
         backend: str = "auto",
     ) -> None:
@@ -94,13 +96,13 @@ class AdamG(ManifoldOptimizer):
             "manifold": manifold,
             **self.manifold_only,
         }
-        super().__init__(params, defaults, nonfinite=nonfinite, backend=backend)
+        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)
 
     def _buffers(self, group: ParamGroup) -> tuple[str | None, str | None]:
         return ("exp_avg", "exp_avg_sq") if on_manifold(group) else super()._buffers(group)
 
-    def _hyper_row(self, group: ParamGroup) -> list[float]:
+    def _hyper_row(self, group: ParamGroup) -> list[float | Tensor]:
         row = super()._hyper_row(group)
         if on_manifold(group):
-            row[HYPER_COLUMNS.index("momentum")], row[HYPER_COLUMNS.index("beta2")] = map(float, group["betas"])
+            row[HYPER_COLUMNS.index("momentum")], row[HYPER_COLUMNS.index("beta2")] = group["betas"]
         return row

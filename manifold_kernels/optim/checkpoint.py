@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from manifold_kernels.optim import settings
+from manifold_kernels.optim.groups import DTYPES
+from manifold_kernels.optim.operands import like, local, wants_master
 from manifold_kernels.optim.settings import ParamGroup
+from manifold_kernels.optim.sharding import as_sharded
 from manifold_kernels.plan import GROUP_COLUMNS, Plan
 
 VERSION = 1
@@ -20,16 +23,15 @@ _PLAN = ("groups", "components", "scales")
 _AGREE = tuple(name for name in GROUP_COLUMNS if name not in ("scale", "scale_stride"))
 
 
-def new_buffer(name: str, parameter: Tensor, components: int) -> Tensor:
-    """The buffer ``name`` of ``parameter``, zero: one number a component for ``exp_avg_sq``, else one a weight.
+def new_buffer(name: str, weight: Tensor, components: int) -> Tensor:
+    """The buffer ``name`` of ``weight``, zero: one number a component for ``exp_avg_sq``, else one a weight.
 
-    The latter has the strides of the parameter, also where that is not dense.
+    The latter has the strides of the weight, also where that is not dense.
     """
     if name == "exp_avg_sq":
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return torch.zeros(components, dtype=dtype, device=parameter.device)
-    buffer = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
-    return buffer.zero_()
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return torch.zeros(components, dtype=dtype, device=weight.device)
+    return like(weight, weight.dtype).zero_()
 
 
 def component_counts(plan: Plan, parameters: int) -> list[int]:
@@ -43,16 +45,24 @@ def extras(plan: Plan, nonfinite: Tensor) -> dict[str, Any]:
     return {"version": VERSION, "plan": {name: getattr(plan, name) for name in _PLAN}, "nonfinite": nonfinite}
 
 
-def check_entries(saved: dict[str, Any]) -> None:
-    """Raise unless ``saved`` has all entries and a known version."""
-    for entry in _ENTRIES:
+def check_entries(saved: dict[str, Any]) -> bool:
+    """Raise unless ``saved`` has all entries and a known version, or torch's own two alone; whether it has all."""
+    whole = any(entry in saved for entry in _ENTRIES[2:])
+    for entry in _ENTRIES if whole else _ENTRIES[:2]:
         if entry not in saved:
             raise ValueError(f"state_dict: wanted the entries {list(_ENTRIES)}, {entry!r} is missing.")
-    if saved["version"] != VERSION:
+    if whole and saved["version"] != VERSION:
         raise ValueError(f"state_dict: wanted version {VERSION}, got {saved['version']!r}.")
     for entry, kind in (("state", dict), ("param_groups", list), ("plan", dict), ("nonfinite", Tensor)):
-        if not isinstance(saved[entry], kind):
+        if entry in saved and not isinstance(saved[entry], kind):
             raise ValueError(f"state_dict: wanted {entry!r} as {kind.__name__}, got {type(saved[entry]).__name__}.")
+    for entry in saved["param_groups"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("params"), list):
+            raise ValueError(f"state_dict: wanted param groups as dicts with a list 'params', got {entry!r}.")
+    for key, entries in saved["state"].items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"state_dict: wanted the state of parameter {key!r} as a dict, got {entries!r}.")
+    return whole
 
 
 def load_groups(saved: list[ParamGroup], current: list[ParamGroup], names: Sequence[str]) -> list[ParamGroup]:
@@ -110,8 +120,12 @@ def load_state(
     plan: Plan,
     buffers: Callable[[ParamGroup], tuple[str | None, str | None]],
     where: Callable[[int], str],
+    master_weights: bool,
 ) -> dict[Tensor, dict[str, Any]]:
-    """The saved states, copied, by parameter; every buffer must have its shape, dtype and strides."""
+    """The saved states, copied, by parameter; every buffer must have its shape and strides.
+
+    Another floating-point type is converted, as torch does, so that a model may go on in another one.
+    """
     owners = [group for group in groups for _ in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
     positions = {key: n for n, key in enumerate(key for group in saved["param_groups"] for key in group["params"])}
@@ -124,15 +138,23 @@ def load_state(
         parameter = parameters[position]
         try:
             needed = {name for name in buffers(owners[position]) if name is not None}
-            state[parameter] = _load_entries(entries, needed, parameter, counts[position])
+            weight = local(parameter)
+            if wants_master(parameter, master_weights):
+                weight = like(weight, torch.float32)
+                if "master" in entries:  # else it is made from the weight, as for a training that had none
+                    needed.add("master")
+            own = _load_entries(entries, needed, weight, counts[position])
+            if "master" in needed and not torch.equal(own["master"].to(parameter.dtype), local(parameter)):
+                raise ValueError("master: its rounding is not the weight. Load the model's weights first.")
+            state[parameter] = {n: v if n == "step" else as_sharded(v, parameter) for n, v in own.items()}
         except ValueError as error:
             raise ValueError(f"state_dict: state of {where(position)}: {error}") from None
     return state
 
 
-def _load_entries(entries: dict[str, Any], needed: set[str], parameter: Tensor, components: int) -> dict[str, Any]:
+def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, components: int) -> dict[str, Any]:
     step = entries.get("step")
-    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or int(step) < 0:
+    if not isinstance(step, Tensor) or step.is_meta or step.dtype != torch.int64 or step.dim() or int(step) < 0:
         raise ValueError(f"step: wanted an int64 tensor of no dimensions >= 0, got {step!r}.")
     # A momentum buffer may also be there from before momentum was switched off.
     known = needed | {"momentum_buffer"}
@@ -144,18 +166,19 @@ def _load_entries(entries: dict[str, Any], needed: set[str], parameter: Tensor, 
             continue
         if name not in known:
             raise ValueError(f"{name}: wanted one of {sorted(known | {'step'})}.")
-        buffer = new_buffer(name, parameter, components)
+        buffer = new_buffer(name, weight, components)
+        value = local(value) if isinstance(value, Tensor) else value
         _check_like(name, value, buffer)
         loaded[name] = buffer.copy_(value)
     return loaded
 
 
 def _check_like(name: str, value: object, buffer: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        raise ValueError(f"{name}: wanted a dense tensor, got {type(value).__name__}.")
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        raise ValueError(f"{name}: wanted a dense tensor with numbers in it, got {type(value).__name__}.")
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: wanted shape {tuple(buffer.shape)}, got {tuple(value.shape)}.")
-    if value.dtype != buffer.dtype:
+    if value.dtype not in _saved_types(name, buffer):
         raise ValueError(f"{name}: wanted dtype {buffer.dtype}, got {value.dtype}.")
     if _strides(value) != _strides(buffer):
         raise ValueError(
@@ -166,6 +189,12 @@ def _check_like(name: str, value: object, buffer: Tensor) -> None:
     needed = (value.storage_offset() + extent) * value.element_size() if value.numel() else 0
     if value.untyped_storage().nbytes() < needed:
         raise ValueError(f"{name}: wanted {needed} bytes of storage, got {value.untyped_storage().nbytes()}.")
+
+
+def _saved_types(name: str, buffer: Tensor) -> tuple[torch.dtype, ...]:
+    """The types that a saved ``buffer`` may have: its own, or that of a training in another one."""
+    wide = (torch.float32, torch.float64)
+    return {"master": (buffer.dtype,), "exp_avg_sq": wide}.get(name, DTYPES)
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from manifold_kernels.functional import weight_violation
 from manifold_kernels.manifolds import MANIFOLDS, Euclidean, Manifold
 from manifold_kernels.plan import Plan
-from manifold_kernels.views import Layout, matrices
+from manifold_kernels.reference.registry import GEOMETRIES
+from manifold_kernels.views import Layout, matrices, write_matrices
 
 _BY_CODE: dict[int, type[Manifold]] = {of.code: of for of in MANIFOLDS}
 
@@ -48,6 +49,25 @@ def violations(plan: Plan, parameters: Sequence[Tensor], first: int = 0) -> Iter
         # Seen as a weight of one input and as many outputs as there are components, whose kernels they are.
         worst = weight_violation(of(), batch.unsqueeze(1), Layout("kernel"))
         yield Violation(owner, of.name, worst, tolerance(weight.dtype, batch.shape[-2], batch.shape[-1]))
+
+
+@torch.no_grad()
+def place_(plan: Plan, position: int, weight: Tensor) -> None:
+    """Move every component of ``weight``, of the shape of parameter ``position``, to the nearest point of its manifold.
+
+    Computed in float64 and rounded once. Components that are not finite stay.
+    """
+    for row in (plan.column("parameter") == position).nonzero().flatten().tolist():
+        code = int(plan.column("manifold")[row])
+        if _BY_CODE[code] is Euclidean or not weight.numel():
+            continue
+        layout, members = plan.layout(row), plan.members(row).to(weight.device)
+        batch = matrices(weight, layout).double()
+        own, scale = batch[members], plan.scale(row).to(weight.device).reshape(-1, 1, 1)
+        finite = own.isfinite().flatten(1).all(1).reshape(-1, 1, 1)
+        placed = GEOMETRIES[code].projx(torch.where(finite, own, 1.0) / scale, 1.0) * scale
+        batch[members] = torch.where(finite, placed, own)
+        write_matrices(weight, layout, batch.to(weight.dtype))
 
 
 def tolerance(dtype: torch.dtype, n: int, p: int) -> float:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from manifold_kernels.manifolds import MANIFOLDS
 from manifold_kernels.plan import HYPER_COLUMNS, STEP_SIZES, Plan
 from manifold_kernels.reference.rules import step_size_factor
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _NAMES = {manifold.code: manifold.name for manifold in MANIFOLDS}
 
@@ -43,6 +46,8 @@ class Diagnostics:
         Args:
             names: the parameters' names, ``optimizer.parameter_names()``.
         """
+        from rich.table import Table
+
         table = Table("parameter", "manifold", title="step sizes", caption="bounded: groups with tau > 1")
         for heading in ("groups", "R median", "R largest", "tau median", "tau largest", "bounded"):
             table.add_column(heading, justify="right")

@@ -17,6 +17,7 @@ from manifold_kernels.manifolds import Euclidean, Manifold, Oblique, Sphere, Sti
 from manifold_kernels.optim import diagnostics
 from manifold_kernels.optim.base import ManifoldOptimizer
 from manifold_kernels.optim.diagnostics import Diagnostics
+from manifold_kernels.optim.operands import local
 from manifold_kernels.optim.settings import ParamGroup
 from manifold_kernels.plan import Group
 from manifold_kernels.views import Layout
@@ -58,6 +59,7 @@ class FGSGD(ManifoldOptimizer):
         retraction: ``None`` for the manifold's default, or a name in its ``retractions``; for a collection one that all
             of its manifolds have, or names by manifold: ``{"stiefel": "polar"}``.
         diagnostics: keep R and tau of every group for :meth:`diagnostics` to read.
+        master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves components without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
@@ -72,6 +74,7 @@ class FGSGD(ManifoldOptimizer):
     """
 
     rule = "fg_sgd"
+    rests = True
     accepts = (Sphere, Oblique, Stiefel, Collection)
     euclidean_only: ClassVar[Mapping[str, object]] = {"weight_decay": 0.0}
     manifold_only: ClassVar[Mapping[str, object]] = {
@@ -100,6 +103,7 @@ class FGSGD(ManifoldOptimizer):
         view: str | None = None,
         retraction: str | Mapping[str, str] | None = None,
         diagnostics: bool = False,
+        master_weights: bool = False,
         nonfinite: str = "skip",
         backend: str = "auto",
     ) -> None:
@@ -127,7 +131,7 @@ class FGSGD(ManifoldOptimizer):
         if not isinstance(diagnostics, bool):
             raise TypeError(f"diagnostics: wanted True or False, got {diagnostics!r}.")
         self._diagnosing = diagnostics
-        super().__init__(params, defaults, nonfinite=nonfinite, backend=backend)
+        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)
 
     def diagnostics(self) -> Diagnostics:
         """R and tau of every group in the last step ([FG] Theorem 1 and Eq. 5).
@@ -147,7 +151,7 @@ class FGSGD(ManifoldOptimizer):
             raise RuntimeError("diagnostics: wanted an optimizer made with diagnostics=True, got one that keeps none.")
         if self._norms is None:
             raise RuntimeError("diagnostics: wanted a step before the first reading, got none. Call step().")
-        return diagnostics.read(self.plan, self._norms, self._hyper)
+        return diagnostics.read(self.plan, self._norms, self._hyper if self._live is None else self._live.cpu())
 
     def _collect(self, held: list[tuple[str | None, str | None]]) -> None:
         super()._collect(held)
@@ -235,7 +239,11 @@ class FGSGD(ManifoldOptimizer):
             plan, layout, ratios = self.plan.rescaled(position, scales)
         except ValueError as error:
             raise ValueError(f"{self._where(position)}: {error}") from None
-        batch = views.matrices(parameter.detach(), layout)
-        moved = batch.double() * ratios.to(parameter.device).reshape(-1, 1, 1)
-        views.write_matrices(parameter, layout, moved.to(parameter.dtype))
+        master = self.state[parameter].get("master") if parameter in self.state else None
+        weight = local(parameter if master is None else master)
+        batch = views.matrices(weight, layout)
+        moved = batch.double() * ratios.to(weight.device).reshape(-1, 1, 1)
+        views.write_matrices(weight, layout, moved.to(weight.dtype))
+        if master is not None:
+            local(parameter).copy_(weight)
         self.plan = plan

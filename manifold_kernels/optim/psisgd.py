@@ -30,6 +30,7 @@ class PSISGD(ManifoldOptimizer):
         maximize: steps uphill.
         guard: the norm above which ``w`` and ``u`` are divided by it; ``math.inf``: never.
         manifold: ``ScaleInvariant()``, its name, or ``None``.
+        master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves vectors without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
@@ -57,6 +58,7 @@ class PSISGD(ManifoldOptimizer):
         maximize: bool = False,
         guard: float = 1e4,
         manifold: Manifold | str | None = None,
+        master_weights: bool = False,
         nonfinite: str = "skip",
         backend: str = "auto",
     ) -> None:
@@ -69,4 +71,4 @@ class PSISGD(ManifoldOptimizer):
             "manifold": manifold,
             **self.manifold_only,
         }
-        super().__init__(params, defaults, nonfinite=nonfinite, backend=backend)
+        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from manifold_kernels.collection import Assignment, Collection
@@ -77,7 +78,7 @@ def check(group: ParamGroup) -> None:
             raise ValueError(f"betas: wanted two numbers in [0, 1), got {betas!r}.")
         for index, beta in enumerate(betas):
             _check_number(f"betas[{index}]", beta, lambda value: 0 <= value < 1, "a number in [0, 1)")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group.get("dampening", 0) != 0):
+    if group.get("nesterov") and (not has_momentum(group) or group.get("dampening", 0) != 0):
         raise ValueError(
             f"nesterov: needs momentum > 0 and dampening = 0, got momentum={group['momentum']!r} and "
             f"dampening={group.get('dampening', 0)!r}."
@@ -90,11 +91,10 @@ def _same_word(value: object, choice: object) -> bool:
 
 def _check_number(name: str, value: object, allowed: Callable[[float], bool], words: str) -> None:
     if isinstance(value, Tensor):
-        # The table of hyper-parameters lies on the CPU: a number on another device would cost a wait at every step.
-        if value.numel() != 1 or value.device.type != "cpu":
-            raise ValueError(
-                f"{name}: wanted a tensor of one element on the CPU, got {tuple(value.shape)} on {value.device}."
-            )
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name}: wanted a tensor of one element, got {value.dtype} {tuple(value.shape)}.")
+        if value.device.type != "cpu":
+            return  # looking at it would mean to wait for the device
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: wanted {words}, got {value!r} of type {type(value).__name__}.")
@@ -118,9 +118,38 @@ def settle(group: ParamGroup, given: Set[str], neutral: Mapping[str, object]) ->
         group[name] = value
 
 
-def hyper_row(group: ParamGroup) -> list[float]:
+def has_momentum(group: ParamGroup) -> bool:
+    """Whether ``group`` has buffers: its momentum is not zero, or a tensor, which may become what it likes."""
+    return isinstance(group["momentum"], Tensor) or bool(group["momentum"] != 0)
+
+
+def hyper_row(group: ParamGroup) -> list[float | Tensor]:
     """The row of the table of hyper-parameters (``plan.HYPER_COLUMNS``) that ``group`` stands for."""
-    return [float(group.get(column, 0.0)) for column in HYPER_COLUMNS]
+    return [group.get(column, 0.0) for column in HYPER_COLUMNS]
+
+
+def hyper_table(rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
+    """The table of ``rows``, with 1 in place of numbers in tensors: it says which terms there are."""
+    numbers = [[1.0 if isinstance(value, Tensor) else float(value) for value in row] for row in rows]
+    return torch.tensor(numbers, dtype=torch.float64).reshape(-1, len(HYPER_COLUMNS))
+
+
+def tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """``hyper`` and ``live`` of the operator, as operations on tensors alone."""
+    hyper = hyper_table(rows)
+    tensors = in_tensors(rows)
+    if not tensors:
+        return hyper, None
+    live = hyper.to(device, copy=True)
+    for row, column, value in tensors:
+        live[row, column] = value
+    return hyper, live
+
+
+def in_tensors(rows: Sequence[Sequence[float | Tensor]]) -> list[tuple[int, int, Tensor]]:
+    """Row, column and tensor of every number in ``rows`` that is in one."""
+    found = ((r, c, value) for r, row in enumerate(rows) for c, value in enumerate(row))
+    return [(r, c, value.detach()) for r, c, value in found if isinstance(value, Tensor)]
 
 
 def pack(group: ParamGroup) -> ParamGroup:

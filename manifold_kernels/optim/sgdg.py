@@ -35,6 +35,7 @@ class SGDG(ManifoldOptimizer):
         clip: nu, the longest Riemannian gradient; ``math.inf``: none is clipped.
         maximize: steps uphill.
         manifold: ``Grassmann()``, its name, or ``None``.
+        master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves vectors without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
@@ -64,6 +65,7 @@ class SGDG(ManifoldOptimizer):
         clip: float = 0.1,
         maximize: bool = False,
         manifold: Manifold | str | None = None,
+        master_weights: bool = False,
         nonfinite: str = "skip",
         backend: str = "auto",
     ) -> None:
@@ -78,4 +80,4 @@ class SGDG(ManifoldOptimizer):
             "manifold": manifold,
             **self.manifold_only,
         }
-        super().__init__(params, defaults, nonfinite=nonfinite, backend=backend)
+        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)

@@ -43,7 +43,7 @@ class Components:
 
     Attributes:
         w: weights ``(k, n, p)``.
-        g: finite gradients ``(k, n, p)`` (any, in Euclidean groups).
+        g: finite gradients ``(k, n, p)`` (any, in Euclidean groups), divided by AMP's scale where there is one.
         m: momentum buffers ``(k, n, p)``, or ``None`` without momentum.
         v: Adam-G's second moments ``(k, 1, 1)``, or ``None``.
         s: scales ``(k, 1, 1)``, float64.

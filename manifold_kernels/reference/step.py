@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_kernels import views
 from manifold_kernels.manifolds import RETRACTIONS, Euclidean
-from manifold_kernels.plan import GROUP_COLUMNS, STEP_SIZES, Plan
+from manifold_kernels.plan import GROUP_COLUMNS, HYPER_COLUMNS, STEP_SIZES, Plan
 from manifold_kernels.plan import RULES as RULE_CODES
 from manifold_kernels.reference.registry import GEOMETRIES
 from manifold_kernels.reference.rules import (
@@ -41,6 +41,9 @@ def step_(
     scales: Tensor,
     hyper: Tensor,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; see ``ops.py`` for the arguments.
 
@@ -56,6 +59,10 @@ def step_(
     if norms is not None:
         _check_norms(norms, sum(counts))
         norms.fill_(math.nan)
+    _check_number("grad_scale", grad_scale)
+    _check_number("found_inf", found_inf)
+    if found_inf is not None and found_inf.item() != 0:
+        return
     each_norm = [None] * len(counts) if norms is None else torch.split(norms, counts)
     with torch.no_grad():
         for row, values in enumerate(groups.tolist()):
@@ -64,18 +71,20 @@ def step_(
             grad = grads[index]
             if grad is None or grad.numel() == 0 or at["count"] == 0:
                 continue
-            h = Hyper(*hyper[at["hyper"]].tolist())
+            h = Hyper(*(hyper if live is None else live)[at["hyper"]].tolist())
             nonfinite[index] += _step_group(
                 plan,
                 row,
                 at,
                 h,
+                bool(hyper[at["hyper"], HYPER_COLUMNS.index("momentum")] != 0),
                 params[index],
                 grad,
                 momenta[index],
                 variances[index],
                 int(steps[index]),
                 each_norm[row],
+                None if grad_scale is None else grad_scale.item(),
             )
         steps += torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
 
@@ -88,22 +97,34 @@ def _check_norms(norms: Tensor, size: int) -> None:
         )
 
 
+def _check_number(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != 1):
+        raise ValueError(f"{name}: wanted one float32 number, got {tensor.dtype} {tuple(tensor.shape)}.")
+
+
+def _unscaled(grad: Tensor, scale: float | None) -> Tensor:
+    """``grad`` divided by ``scale`` in the arithmetic of the step."""
+    return grad if scale is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
+
+
 def _step_group(
     plan: Plan,
     row: int,
     at: dict[str, int],
     h: Hyper,
+    has_momentum: bool,
     param: Tensor,
     grad: Tensor,
     momentum: Tensor,
     variance: Tensor,
     steps: int,
     norms: Tensor | None,
+    grad_scale: float | None,
 ) -> int:
     """Step the components of one group and write R; returns how many were left as they were."""
     euclidean = at["manifold"] == Euclidean.code
     adaptive = at["rule"] == RULE_CODES["adam_g"] and not euclidean
-    buffered = adaptive or h.momentum != 0
+    buffered = adaptive or has_momentum
     if buffered and momentum.shape != param.shape:
         raise ValueError(
             f"momenta: wanted shape {tuple(param.shape)} for parameter {at['parameter']}, got {tuple(momentum.shape)}. "
@@ -113,7 +134,7 @@ def _step_group(
     geometry = GEOMETRIES[at["manifold"]]
     x = Components(
         w=_read(param, layout, members),
-        g=_read(grad, layout, members),
+        g=_unscaled(_read(grad, layout, members), grad_scale),
         m=_read(momentum, layout, members) if buffered else None,
         v=variance[members].reshape(-1, 1, 1) if adaptive else None,
         s=plan.scale(row).to(param.device).reshape(-1, 1, 1).expand(members.numel(), 1, 1),

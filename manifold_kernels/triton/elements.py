@@ -8,9 +8,11 @@ import triton.language as tl
 from manifold_kernels.triton import momentum as sgd
 from manifold_kernels.triton import step_size
 from manifold_kernels.triton.addressing import address, offsets
-from manifold_kernels.triton.arithmetic import finite
+from manifold_kernels.triton.arithmetic import divide, finite
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
+    DIVISOR,
+    FOUND_INF,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -53,7 +55,7 @@ def step(
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     DECAY: tl.constexpr,
     BOUNDED: tl.constexpr,
     NORMS: tl.constexpr,
@@ -77,6 +79,9 @@ def step(
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    if DIVIDED:
+        if tl.load(h + FOUND_INF) != 0:
+            return
 
     lane = tl.arange(0, BLOCK)
     inside = lane < tl.multiple_of(tl.load(tile + TILE_COUNT), ALIGN)
@@ -96,12 +101,12 @@ def step(
 
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(tensor + STEPS) == 0
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     theta, keep = sgd.coefficients(h, COMPUTE)
     w = tl.load(weights + ow, mask=inside, other=0.0).to(COMPUTE)
     d = tl.load(address(tensor + GRAD, STORE, RUN >= 0) + og, mask=inside, other=0.0).to(COMPUTE)
-    if MAXIMIZE:
-        d = -d
+    if DIVIDED:
+        d = divide(d, tl.load(h + DIVISOR).to(COMPUTE))
     if DECAY:
         d = tl.fma(w, tl.load(h + WEIGHT_DECAY).to(COMPUTE), d)
     unbroken = finite(w) & finite(d)

@@ -13,6 +13,7 @@ from manifold_kernels.triton.tables import (
     BETA2,
     CLIP,
     EPS,
+    FOUND_INF,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -59,7 +60,7 @@ def step(
     STORE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     LISTED: tl.constexpr,
     SAME: tl.constexpr,
     RUN: tl.constexpr,
@@ -79,6 +80,9 @@ def step(
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    if DIVIDED:
+        if tl.load(h + FOUND_INF) != 0:
+            return
 
     lane = tl.arange(0, LANES)
     inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
@@ -88,7 +92,7 @@ def step(
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     grads = address(tensor + GRAD, STORE, RUN >= 0)
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(tensor + STEPS) == 0
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
 
     bad = tl.zeros((LANES,), tl.int32)
@@ -104,11 +108,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -132,11 +137,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -156,11 +162,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -179,11 +186,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -214,11 +222,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -233,7 +242,7 @@ def step(
         v = tl.load(at, mask=inside & (~first_step), other=0.0)
         size = clipped * length
         v = tl.fma(v, beta2.to(COMPUTE), (1.0 - beta2).to(COMPUTE) * (size * size))
-        t = (tl.load(tensor + STEPS) + 1).to(tl.float64)
+        t = (tl.load(address(tensor + STEPS, tl.int64, False)) + 1).to(tl.float64)
         correction = tl.sqrt(1.0 - tl.exp(t * tl.log(beta2))) / (1.0 - tl.exp(t * tl.log(theta)))
         factor = divide(-lr * correction.to(COMPUTE) + nothing, root(v + tl.load(h + EPS).to(COMPUTE)))
         tl.store(at, v, mask=ok)
@@ -256,11 +265,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -283,11 +293,12 @@ def step(
                 at_lane,
                 inside,
                 first_step,
+                h,
                 N,
                 BLOCK,
                 COMPUTE,
                 BUFFERED,
-                MAXIMIZE,
+                DIVIDED,
                 SAME,
                 RUN,
                 ALIGN,
@@ -307,11 +318,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,

@@ -11,6 +11,8 @@ from manifold_kernels.triton.addressing import address, offsets
 from manifold_kernels.triton.arithmetic import divide, finite, power_of_two, root
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
+    DIVISOR,
+    FOUND_INF,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -87,7 +89,7 @@ def step(
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     DECAY: tl.constexpr,
     THROUGH: tl.constexpr,
     INDIVIDUAL: tl.constexpr,
@@ -110,6 +112,9 @@ def step(
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    if DIVIDED:
+        if tl.load(h + FOUND_INF) != 0:
+            return
 
     count = tl.multiple_of(tl.load(tile + TILE_COUNT).to(tl.int32), ALIGN)
     first = tl.multiple_of(tl.load(tile + TILE_FIRST).to(tl.int32), ALIGN)
@@ -130,7 +135,7 @@ def step(
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     grads = address(tensor + GRAD, STORE, RUN >= 0)
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(tensor + STEPS) == 0
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     theta, keep = sgd.coefficients(h, COMPUTE)
     aw, ag, am = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
 
@@ -150,8 +155,8 @@ def step(
                 kept = kept + (stored,)
             we = stored.to(COMPUTE)
             ge = tl.load(grads + (ag + (rg + cg)), mask=inside, other=0.0).to(COMPUTE)
-            if MAXIMIZE:
-                ge = -ge
+            if DIVIDED:
+                ge = divide(ge, tl.load(h + DIVISOR).to(COMPUTE))
             if DECAY:
                 ge = tl.fma(we, tl.load(h + WEIGHT_DECAY).to(COMPUTE), ge)
             ok = ok & finite(we) & finite(ge)

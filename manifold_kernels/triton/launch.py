@@ -6,15 +6,16 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from manifold_kernels.plan import HYPER_COLUMNS, Plan
+from manifold_kernels.plan import Plan
 from manifold_kernels.triton import library
 from manifold_kernels.triton.planning import INTERPRETED, RETRACTION_NAMES, Launch, Member, Schedule, schedule
+from manifold_kernels.triton.tables import HYPER_COLUMNS
 
 #: Options of every compilation: what is fused is written as fma, so that a new compiler does not change results.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -25,7 +26,26 @@ if INTERPRETED:
     interpreter.teach()
 
 _SCHEDULES: OrderedDict[Hashable, tuple[Schedule, tuple[Tensor, ...]]] = OrderedDict()
+_RESIDENT: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 _KEPT = 16
+
+
+class Amp(NamedTuple):
+    """What a gradient scaler says, numbers on the parameters' device that nobody waits for."""
+
+    scale: Tensor
+    skips: Tensor
+
+    @staticmethod
+    def of(grad_scale: Tensor | None, found_inf: Tensor | None) -> Amp | None:
+        given = next((tensor for tensor in (grad_scale, found_inf) if tensor is not None), None)
+        if given is None:
+            return None
+        for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != 1):
+                raise ValueError(f"{name}: wanted one float32 number, got {tensor.dtype} {tuple(tensor.shape)}.")
+        scale = torch.ones_like(given) if grad_scale is None else grad_scale
+        return Amp(scale.reshape(()), (torch.zeros_like(given) if found_inf is None else found_inf).reshape(()) != 0)
 
 
 def step_(
@@ -40,13 +60,17 @@ def step_(
     scales: Tensor,
     hyper: Tensor,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    live: Tensor | None = None,
     /,
 ) -> None:
     """One step of everything that the plan ``(groups, components, scales)`` covers; ``ops.py`` has the arguments."""
+    plan, amp = Plan(groups, components, scales), Amp.of(grad_scale, found_inf)
     if params:
-        _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, False)
-    taken = torch.tensor([grad is not None for grad in grads], dtype=steps.dtype, device=steps.device)
-    steps += taken
+        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, live, norms, amp, False)
+    taken = _resident(torch.tensor([grad is not None for grad in grads], dtype=torch.bool), steps.device)
+    steps += taken if amp is None else taken & ~amp.skips
 
 
 def warm_up(
@@ -61,11 +85,15 @@ def warm_up(
     scales: Tensor,
     hyper: Tensor,
     norms: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    live: Tensor | None = None,
     /,
 ) -> None:
     """Compile what a step with these arguments needs, without taking it."""
+    plan, amp = Plan(groups, components, scales), Amp.of(grad_scale, found_inf)
     if params:
-        _run(params, grads, momenta, variances, steps, nonfinite, Plan(groups, components, scales), hyper, norms, True)
+        _run(params, grads, momenta, variances, steps, nonfinite, plan, hyper, live, norms, amp, True)
 
 
 def _run(
@@ -77,25 +105,28 @@ def _run(
     nonfinite: Tensor,
     plan: Plan,
     hyper: Tensor,
+    live: Tensor | None,
     norms: Tensor | None,
+    amp: Amp | None,
     only_compile: bool,
 ) -> None:
     device = params[0].device
     _check(params, grads, momenta)
-    what = _schedule(plan, params, grads, momenta, hyper, norms is not None)
+    what = _schedule(plan, params, grads, momenta, hyper, norms is not None, amp is not None)
     addresses = _addresses(params, grads, momenta, variances, steps)
     counts = nonfinite if nonfinite.device == device else torch.zeros_like(nonfinite, device=device)
     measured = None
     if norms is not None:
         measured = torch.full(norms.shape, float("nan"), dtype=torch.float64, device=device)
+    numbers = _table(hyper if live is None else live, amp, device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         arguments = (
-            addresses.to(device, non_blocking=True),
+            _resident(addresses, device),
             what.axes,
             what.groups,
             what.components,
-            plan.scales.to(device, non_blocking=True),
-            hyper.to(device, non_blocking=True),
+            _resident(plan.scales, device, by_content=False),
+            numbers,
             what.partials,
             what.totals,
             measured if measured is not None else what.totals,
@@ -106,7 +137,7 @@ def _run(
     if only_compile:
         return
     for member in what.library:
-        _by_library(member, plan, hyper, grads, params, momenta, steps, counts, measured)
+        _by_library(member, plan, numbers, grads, params, momenta, steps, counts, measured)
     if counts is not nonfinite:
         nonfinite += counts.to(nonfinite.device)
     if norms is not None and measured is not None:
@@ -116,7 +147,7 @@ def _run(
 def _by_library(
     planned: Member,
     plan: Plan,
-    hyper: Tensor,
+    numbers: Tensor,
     grads: Sequence[Tensor | None],
     params: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -132,11 +163,11 @@ def _by_library(
     size = at["count"] if of.individual else 1
     library.step(
         of,
-        dict(zip(HYPER_COLUMNS, hyper[at["hyper"]].tolist(), strict=True)),
+        dict(zip(HYPER_COLUMNS, numbers[at["hyper"]].unbind(), strict=True)),
         plan.members(of.row).to(weight.device),
         plan.scale(of.row),
         RETRACTION_NAMES[at["retraction"]],
-        int(steps[parameter]) == 0,
+        steps[parameter].to(weight.device) == 0,
         counts,
         None if norms is None else norms[of.first_norm : of.first_norm + size],
     )
@@ -163,11 +194,43 @@ def _addresses(
     rows = [
         (param.data_ptr(), 0 if grad is None else grad.data_ptr(), momentum.data_ptr(), variance.data_ptr(), taken)
         for param, grad, momentum, variance, taken in zip(
-            params, grads, momenta, variances, steps.tolist(), strict=True
+            params, grads, momenta, variances, _element_addresses(steps), strict=True
         )
     ]
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table.pin_memory() if params[0].device.type == "cuda" else table
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _resident(table: Tensor, device: torch.device, by_content: bool = True) -> Tensor:
+    """``table`` on ``device``, copied when it changes: a captured graph replays what it reads, and no copy from a host.
+
+    Told apart by what it holds, or (not ``by_content``) as a tensor that may be written to.
+    """
+    if table.device == device:
+        return table
+    known = table.numpy().tobytes() if by_content else (id(table), table._version)
+    key = (device, table.dtype, known)
+    if key not in _RESIDENT:
+        # The table is kept with its copy, so that no other tensor can come by its identity.
+        source = table.pin_memory() if device.type == "cuda" else table
+        _RESIDENT[key] = source.to(device, non_blocking=True), table
+        if len(_RESIDENT) > 4 * _KEPT:
+            _RESIDENT.popitem(last=False)
+    _RESIDENT.move_to_end(key)
+    return _RESIDENT[key][0]
+
+
+def _element_addresses(tensor: Tensor) -> range:
+    size = tensor.element_size()
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * size, size)
+
+
+def _table(hyper: Tensor, amp: Amp | None, device: torch.device) -> Tensor:
+    """The table of hyper-parameters as kernels read it (``tables.HYPER_COLUMNS``), on ``device``."""
+    sign = 1 - 2 * hyper[:, HYPER_COLUMNS.index("maximize"), None]
+    table = _resident(torch.cat([hyper, sign, torch.zeros_like(sign)], 1), device)
+    if amp is None:
+        return table
+    return torch.cat([table[:, :-2], table[:, -2:-1] * amp.scale, amp.skips.to(table.dtype).expand_as(sign)], 1)
 
 
 def _schedule(
@@ -177,10 +240,11 @@ def _schedule(
     momenta: Sequence[Tensor],
     hyper: Tensor,
     norms: bool,
+    amp: bool,
 ) -> Schedule:
     """The launches, from the last time that plan, options and memory were the same."""
     key = (
-        (id(plan.groups), plan.groups._version, id(plan.components), plan.components._version, norms),
+        (id(plan.groups), plan.groups._version, id(plan.components), plan.components._version, norms, amp),
         tuple((row[1] != 0, row[3] != 0, row[4] != 0, row[5] != 0) for row in hyper.tolist()),
         tuple(_seen(param) for param in params),
         tuple(None if grad is None else _seen(grad) for grad in grads),
@@ -189,7 +253,7 @@ def _schedule(
     if key in _SCHEDULES:
         _SCHEDULES.move_to_end(key)
     else:
-        made = schedule(plan, params, grads, momenta, hyper, norms)
+        made = schedule(plan, params, grads, momenta, hyper, norms, amp)
         # The plan's tensors are kept with it, so that no other tensor can come by their identity.
         _SCHEDULES[key] = made, (plan.groups, plan.components)
         if len(_SCHEDULES) > _KEPT:
@@ -200,6 +264,7 @@ def _schedule(
 def forget() -> None:
     """Plan the next step anew."""
     _SCHEDULES.clear()
+    _RESIDENT.clear()
 
 
 def _seen(tensor: Tensor) -> Hashable:

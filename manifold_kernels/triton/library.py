@@ -62,33 +62,39 @@ def _retract(name: str, q: Tensor, x: Tensor) -> Tensor:
 
 def step(
     of: Member,
-    h: Mapping[str, float],
+    h: Mapping[str, Tensor],
     members: Tensor,
     scale: Tensor,
     retraction: str,
-    first: bool,
+    first: Tensor,
     nonfinite: Tensor,
     norms: Tensor | None,
 ) -> None:
-    """Step the components ``members`` of one group ([FG] Algorithm 1); R goes to ``norms``."""
+    """Step the components ``members`` of one group ([FG] Algorithm 1); R goes to ``norms``.
+
+    ``h``, a row of ``tables.HYPER_COLUMNS``, and ``first``, whether the step is the parameter's first, lie on the
+    device.
+    """
     layout = of.layout()
     w, g = (views.matrices(tensor, layout)[members].to(of.compute) for tensor in (of.weight, of.grad))
     wide = w.shape[-2] < w.shape[-1]
-    if of.maximize:
-        g = -g
+    if of.divided:
+        g = g / h["divisor"].to(of.compute)
     m = old = None
     d, top = g, g.abs().amax((-2, -1), keepdim=True)
     ok = (w.isfinite() & g.isfinite()).all(-1).all(-1)
     if of.buffered:
         old = views.matrices(of.momentum, layout)[members]
-        m = g if first else old.to(g.dtype).mul(h["momentum"]).add(g, alpha=1 - h["dampening"])
+        m = torch.where(first, g, old.to(g.dtype) * h["momentum"] + g * (1 - h["dampening"]))
         m = m.to(of.weight.dtype)
         d = m.to(g.dtype)
         ok = ok & d.isfinite().all(-1).all(-1)
         top = torch.maximum(top, d.abs().amax((-2, -1), keepdim=True))
+    steps = h["found_inf"] == 0
+    ok, broken = ok & steps, ~ok & steps
     here = ok.reshape(-1, 1, 1)
     c = torch.exp2(torch.floor(torch.log2(torch.where(here & (top > 0), top, 1).double()))).clamp(1e-30, 1e30)
-    d = (g / c).add(d / c, alpha=h["momentum"]) if of.nesterov else d / c
+    d = (g / c + d / c * h["momentum"]) if of.nesterov else d / c
     s = scale.to(w.device).reshape(-1, 1, 1)
     q = torch.where(here, w.double() / s, 0).to(of.compute)
     d = torch.where(here, d, 0).to(of.compute)
@@ -98,6 +104,7 @@ def step(
     r = c * length if of.individual else (c * length).square().sum().sqrt().expand_as(c)
     if norms is not None:
         norms.copy_(torch.where(ok, r.flatten(), math.nan) if of.individual else r.flatten()[:1])
+        norms.masked_fill_(~steps, math.nan)
     tau = torch.ones_like(r)
     if of.bounded:
         bounded = r.clamp(max=1e150)
@@ -119,4 +126,4 @@ def step(
         batch = views.matrices(of.momentum, layout).clone()
         batch[members] = torch.where(here, m, old)
         views.write_matrices(of.momentum, layout, batch)
-    nonfinite[of.at["parameter"]] += (~ok).sum().to(nonfinite.device)
+    nonfinite[of.at["parameter"]] += broken.sum().to(nonfinite.device)

@@ -8,9 +8,11 @@ import triton.language as tl
 from manifold_kernels.triton import momentum as sgd
 from manifold_kernels.triton import step_size
 from manifold_kernels.triton.addressing import address, offsets
-from manifold_kernels.triton.arithmetic import finite, power_of_two
+from manifold_kernels.triton.arithmetic import divide, finite, power_of_two
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
+    DIVISOR,
+    FOUND_INF,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -248,7 +250,7 @@ def step(
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     INDIVIDUAL: tl.constexpr,
     BOUNDED: tl.constexpr,
     NORMS: tl.constexpr,
@@ -270,6 +272,9 @@ def step(
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    if DIVIDED:
+        if tl.load(h + FOUND_INF) != 0:
+            return
 
     position = tl.load(tile + TILE_FIRST).to(tl.int32)
     component = tl.load(group + GROUP_FIRST).to(tl.int32) + position
@@ -286,12 +291,12 @@ def step(
     weights = address(tensor + WEIGHT, STORE, RUN >= 0) + aw + (rw[:, None] + cw[None, :])
     grads = address(tensor + GRAD, STORE, RUN >= 0) + ag + (rg[:, None] + cg[None, :])
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0) + am + (rm[:, None] + cm[None, :])
-    first_step = tl.load(tensor + STEPS) == 0
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     theta, keep = sgd.coefficients(h, COMPUTE)
     w = tl.load(weights, mask=inside, other=0.0).to(COMPUTE)
     g = tl.load(grads, mask=inside, other=0.0).to(COMPUTE)
-    if MAXIMIZE:
-        g = -g
+    if DIVIDED:
+        g = divide(g, tl.load(h + DIVISOR).to(COMPUTE))
     if BUFFERED:
         old = tl.load(buffers, mask=inside & (~first_step), other=0.0).to(COMPUTE)
         m = sgd.buffer(g, old, first_step, theta, keep, STORE)

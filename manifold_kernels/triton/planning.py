@@ -80,7 +80,7 @@ class Member:
     momentum: Tensor
     buffered: bool
     nesterov: bool
-    maximize: bool
+    divided: bool
     decay: bool
     norms: bool
     first_norm: int
@@ -160,8 +160,12 @@ def schedule(
     momenta: Sequence[Tensor],
     hyper: Tensor,
     norms: bool,
+    amp: bool,
 ) -> Schedule:
-    """The launches for one step of ``plan``; tensors are looked at for shapes, strides, types and alignment only."""
+    """The launches for one step of ``plan``; tensors are looked at for shapes, strides, types and alignment only.
+
+    ``amp``: the step has a ``grad_scale`` or ``found_inf``.
+    """
     device = params[0].device
     builder = _Builder()
     library: list[Member] = []
@@ -174,7 +178,7 @@ def schedule(
         grad, weight = grads[at["parameter"]], params[at["parameter"]]
         if grad is None or at["count"] == 0 or weight.numel() == 0:
             continue
-        member = _member(at, row, weight, grad, momenta[at["parameter"]], table[at["hyper"]], norms, first_norm)
+        member = _member(at, row, weight, grad, momenta[at["parameter"]], table[at["hyper"]], norms, first_norm, amp)
         piece = _piece(member)
         if piece is None:
             library.append(member)
@@ -213,6 +217,7 @@ def _member(
     values: list[float],
     norms: bool,
     first_norm: int,
+    amp: bool,
 ) -> Member:
     h = dict(zip(HYPER_COLUMNS, values, strict=True))
     euclidean = at["manifold"] == Euclidean.code
@@ -226,7 +231,7 @@ def _member(
         momentum if buffered else weight,
         buffered,
         bool(h["nesterov"]) and sgd and buffered,
-        bool(h["maximize"]),
+        amp or bool(h["maximize"]),
         bool(h["weight_decay"]) and (euclidean or at["manifold"] == ScaleInvariant.code),
         norms,
         first_norm,
@@ -281,7 +286,7 @@ def _shared(of: Member, axes: Axes, runs: Sequence[int]) -> dict[str, Any]:
         "STORE": _TYPES[of.weight.dtype],
         "COMPUTE": _TYPES[of.compute],
         "BUFFERED": of.buffered,
-        "MAXIMIZE": of.maximize,
+        "DIVIDED": of.divided,
         "LISTED": bool(of.at["listed"]),
         "SAME": axes.same,
         "RUN": run,

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 from manifold_kernels.triton.addressing import offsets
+from manifold_kernels.triton.arithmetic import divide
+from manifold_kernels.triton.tables import DIVISOR
 
 
 @triton.jit
@@ -18,11 +20,12 @@ def piece(
     lanes,
     inside,
     first_step,
+    h,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     SAME: tl.constexpr,
     RUN: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -36,8 +39,8 @@ def piece(
     om = lanes[2][:, None] + rm[None, :]
     w = tl.load(weights + ow, mask=mask, other=0.0).to(COMPUTE)
     g = tl.load(grads + (lanes[1][:, None] + rg[None, :]), mask=mask, other=0.0).to(COMPUTE)
-    if MAXIMIZE:
-        g = -g
+    if DIVIDED:
+        g = divide(g, tl.load(h + DIVISOR).to(COMPUTE))
     if BUFFERED:
         u = tl.load(buffers + om, mask=mask & (~first_step), other=0.0).to(COMPUTE)
     else:

@@ -10,6 +10,7 @@ from manifold_kernels.triton.arithmetic import inverse_root, power_of_two, root
 from manifold_kernels.triton.rows import broken, largest, piece
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
+    FOUND_INF,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -73,7 +74,7 @@ def step(
     STORE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     LISTED: tl.constexpr,
     SAME: tl.constexpr,
     RUN: tl.constexpr,
@@ -93,6 +94,9 @@ def step(
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    if DIVIDED:
+        if tl.load(h + FOUND_INF) != 0:
+            return
 
     lane = tl.arange(0, LANES)
     inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
@@ -102,7 +106,7 @@ def step(
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     grads = address(tensor + GRAD, STORE, RUN >= 0)
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(tensor + STEPS) == 0
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
 
     # Where something leaves the range in which squares are safe, everything is divided by a power of two.
@@ -120,11 +124,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -147,11 +152,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -186,11 +192,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -215,11 +222,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,
@@ -240,11 +248,12 @@ def step(
             at_lane,
             inside,
             first_step,
+            h,
             N,
             BLOCK,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             SAME,
             RUN,
             ALIGN,

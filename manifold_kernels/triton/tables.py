@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from manifold_kernels.plan import HYPER_COLUMNS
+from manifold_kernels import plan
 from manifold_kernels.triton.addressing import AXIS_COLUMNS
 
 #: One row for each program of a launch: a piece of a group.
@@ -29,7 +29,14 @@ GROUP_COLUMNS: tuple[str, ...] = (
     "partials",
 )
 
-#: Addresses, which may change from step to step, and the number of steps taken.
+#: The table of hyper-parameters, and AMP's numbers beside each row of it.
+HYPER_COLUMNS: tuple[str, ...] = (
+    *plan.HYPER_COLUMNS,
+    "divisor",  # of the gradient: the scale, negative where the step goes uphill
+    "found_inf",  # not 0: nothing is written
+)
+
+#: Addresses, which may change from step to step.
 PARAMETER_COLUMNS: tuple[str, ...] = ("weight", "grad", "momentum", "variance", "steps")
 
 TILE_WIDTH = tl.constexpr(len(TILE_COLUMNS))
@@ -71,6 +78,8 @@ GUARD = tl.constexpr(HYPER_COLUMNS.index("guard"))
 CLIP = tl.constexpr(HYPER_COLUMNS.index("clip"))
 BETA2 = tl.constexpr(HYPER_COLUMNS.index("beta2"))
 EPS = tl.constexpr(HYPER_COLUMNS.index("eps"))
+DIVISOR = tl.constexpr(HYPER_COLUMNS.index("divisor"))
+FOUND_INF = tl.constexpr(HYPER_COLUMNS.index("found_inf"))
 
 #: What a launch does: all of its groups' steps, since every program owns its groups; the norms alone; the steps alone.
 ALONE = tl.constexpr(0)

@@ -15,6 +15,8 @@ from manifold_kernels.triton.addressing import address, offsets
 from manifold_kernels.triton.arithmetic import divide, finite, inverse_root, power_of_two, root
 from manifold_kernels.triton.tables import (
     AXES_WIDTH,
+    DIVISOR,
+    FOUND_INF,
     GRAD,
     GROUP_FIRST,
     GROUP_HYPER,
@@ -64,7 +66,7 @@ def piece(
     STORE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     DECAY: tl.constexpr,
     SAME: tl.constexpr,
     RUN: tl.constexpr,
@@ -79,8 +81,8 @@ def piece(
     om = spread(lanes[2], columns[2], rm)
     w = tl.load(weights + ow, mask=mask, other=0.0).to(COMPUTE)
     g = tl.load(grads + spread(lanes[1], columns[1], rg), mask=mask, other=0.0).to(COMPUTE)
-    if MAXIMIZE:
-        g = -g
+    if DIVIDED:
+        g = divide(g, tl.load(h + DIVISOR).to(COMPUTE))
     if DECAY:
         g = tl.fma(w, tl.load(h + WEIGHT_DECAY).to(COMPUTE), g)
     if BUFFERED:
@@ -130,7 +132,7 @@ def step(
     COMPUTE: tl.constexpr,
     BUFFERED: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    DIVIDED: tl.constexpr,
     DECAY: tl.constexpr,
     THROUGH: tl.constexpr,
     FLAT: tl.constexpr,
@@ -159,6 +161,9 @@ def step(
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    if DIVIDED:
+        if tl.load(h + FOUND_INF) != 0:
+            return
 
     lane = tl.arange(0, LANES)
     inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
@@ -179,7 +184,7 @@ def step(
     weights = address(tensor + WEIGHT, STORE, RUN >= 0)
     grads = address(tensor + GRAD, STORE, RUN >= 0)
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(tensor + STEPS) == 0
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
     at_column = offsets(own_axes, 2, column, DIMS_2, SAME, RUN, ALIGN)
 
@@ -203,7 +208,7 @@ def step(
             STORE,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             DECAY,
             SAME,
             RUN,
@@ -241,7 +246,7 @@ def step(
                 STORE,
                 COMPUTE,
                 BUFFERED,
-                MAXIMIZE,
+                DIVIDED,
                 DECAY,
                 SAME,
                 RUN,
@@ -269,7 +274,7 @@ def step(
             STORE,
             COMPUTE,
             BUFFERED,
-            MAXIMIZE,
+            DIVIDED,
             DECAY,
             SAME,
             RUN,
@@ -319,7 +324,7 @@ def step(
                 STORE,
                 COMPUTE,
                 BUFFERED,
-                MAXIMIZE,
+                DIVIDED,
                 DECAY,
                 SAME,
                 RUN,
@@ -356,7 +361,7 @@ def step(
                 STORE,
                 COMPUTE,
                 BUFFERED,
-                MAXIMIZE,
+                DIVIDED,
                 DECAY,
                 SAME,
                 RUN,

@@ -1,0 +1,149 @@
+"""Two processes over gloo beside one: replicas, shards, ZeRO and distributed checkpoints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from manifold_kernels import FGSGD, param_groups
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+import distributed_worker as worker
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What the two processes found, and their folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }
+    command = [sys.executable, str(HERE / "distributed_worker.py")]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(worker.WORLD)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(worker.WORLD)]
+
+
+def close(mine: list[Tensor], theirs: list[Tensor], roundings: float) -> None:
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=roundings * torch.finfo(torch.float32).eps)
+
+
+def test_replicas_stay_equal_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    mine, theirs = (found["ddp"] for found in ranks[1])
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+def alone(name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and the norms of groups without ranks."""
+    model = worker.network()
+    optimizer = worker.OPTIMIZERS[name](model)
+    norms = []
+    for number in range(4):
+        for parameter, grad in zip(model.parameters(), worker.gradients(model, number), strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        norms.append(worker.shared_norms(optimizer))
+    return [parameter.detach() for parameter in model.parameters()], norms
+
+
+@pytest.mark.parametrize("name", worker.OPTIMIZERS)
+def test_shards_step_as_the_whole(name: str, ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The same gradients in shards: R of groups over both ranks is that of the whole, and so are the weights.
+
+    R is a sum of about 90 squares in float32 per rank whose order differs: 1e-5 of it. Four steps of lr/tau R < 0.21
+    each move weights by that part of a step, and by some roundings of their own.
+    """
+    weights, norms = alone(name)
+    for found in ranks[1]:
+        for mine, theirs in zip(found[name]["norms"], norms, strict=True):
+            assert len(mine) and torch.allclose(mine, theirs, rtol=1e-5, atol=0)
+        close(found[name]["params"], weights, roundings=100)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        optimizer.zero_grad()
+        (model(worker.batch(number)) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_fully_sharded_training_is_that_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Each rank sees half of the batch; gradients are averages, so that one process with all of it takes the same five
+    steps but for rounding, which five steps of a smooth net amplify by less than ten."""
+    model = worker.network()
+    model[1].eval()
+    optimizer = worker.OPTIMIZERS["layer"](model)
+    train(model, optimizer, range(5))
+    for found in ranks[1]:
+        close(found["fsdp"]["params"], [p.detach() for p in model.parameters()], roundings=1000)
+
+
+def test_a_distributed_checkpoint_resumes_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for found in ranks[1]:
+        pairs = zip(found["fsdp"]["params"], found["fsdp"]["resumed"], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_distributed_checkpoint_goes_on_in_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Saved by two ranks, loaded without any: momentum and steps are there, and training goes on as theirs did."""
+    folder, (found, _) = ranks
+    model = worker.network()
+    model[1].eval()
+    optimizer = worker.OPTIMIZERS["layer"](model)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=str(folder / "checkpoint"), no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    train(model, optimizer, range(3, 5))
+    close(found["fsdp"]["params"], [p.detach() for p in model.parameters()], roundings=1000)
+
+
+def test_rows_in_shards_have_their_second_moments_in_shards(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Rows do not feel each other: AdamG on shards, through a distributed checkpoint, has the bits of one process."""
+    model, optimizer = worker.rows()
+    for number in range(3):
+        model[0].weight.grad = worker.gradients(model, number)[0]
+        optimizer.step()
+    own = optimizer.state[model[0].weight]
+    for found in ranks[1]:
+        for mine, theirs in zip(found["rows"], [model[0].weight, own["exp_avg"], own["exp_avg_sq"]], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_view_whose_matrices_are_cut_is_refused(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for found in ranks[1]:
+        assert "0.weight" in found["cut"] and "'matrix' has matrices over several ranks" in found["cut"]
+
+
+def test_zero_redundancy_steps_as_the_whole(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """ZeRO gives whole parameters to ranks: the same bits."""
+    model = worker.network()
+    optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.5, momentum=0.9)
+    for number in range(4):
+        for parameter, grad in zip(model.parameters(), worker.gradients(model, number), strict=True):
+            parameter.grad = grad
+        optimizer.step()
+    for found in ranks[1]:
+        assert all(torch.equal(a, b) for a, b in zip(found["zero"], model.parameters(), strict=True))
