@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full_like.h>
@@ -38,10 +37,10 @@ at::Tensor batch_of(const Geometry& g, const at::Tensor& tensor, const int64_t* 
   return strided(g, tensor, stride).reshape({g.count, g.n, g.p});
 }
 
-at::Tensor members(const Job& job) {
+at::Tensor members(const Job& job, at::Device device) {
   const auto options = at::TensorOptions().dtype(at::kLong);
-  if (!job.listed) return at::arange(job.first, job.first + job.count, options);
-  return at::from_blob(const_cast<int64_t*>(job.listed), {job.count}, options);
+  if (!job.listed) return at::arange(job.first, job.first + job.count, options.device(device));
+  return at::from_blob(const_cast<int64_t*>(job.listed), {job.count}, options).to(device);
 }
 
 // The components `which` of tensor become `batch`.
@@ -121,7 +120,7 @@ at::Tensor exponential(const at::Tensor& Q, const at::Tensor& V) {
 int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, at::Tensor momentum) {
   const Geometry& g = *job.geometry;
   const auto arithmetic = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor which = members(job);
+  const at::Tensor which = members(job, weight.device());
   const auto take = [&](const at::Tensor& tensor, const int64_t* stride) {
     return batch_of(g, tensor, stride).index_select(0, which).to(arithmetic);
   };
@@ -152,6 +151,7 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
 
   const at::Tensor scales = at::from_blob(const_cast<double*>(job.scales), {job.scale_stride ? job.count : 1},
                                           at::TensorOptions().dtype(at::kDouble))
+                                .to(weight.device())
                                 .expand({job.count});
   const at::Tensor s = scales.to(arithmetic).view({-1, 1, 1});
   const at::Tensor Q = at::where(placed.view({-1, 1, 1}), W / s, at::eye(g.n, g.p, W.options()));
@@ -163,14 +163,14 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
   const at::Tensor squares = (norm * safe).square();
   at::Tensor factor;
   if (job.individual) {
-    factor = at::empty_like(squares);
-    for (int64_t k = 0; k < job.count; k++)
-      factor.data_ptr<double>()[k] = step_size(squares.const_data_ptr<double>()[k]);
+    const at::Tensor here = squares.cpu().clone();
+    for (int64_t k = 0; k < job.count; k++) here.data_ptr<double>()[k] = step_size(here.const_data_ptr<double>()[k]);
+    factor = here.to(weight.device());
   } else {
     factor = at::full_like(squares, step_size(squares.sum().item<double>()));
   }
   if (job.norms) {
-    const at::Tensor norms = at::where(usable, norm * safe, at::full_like(norm, std::nan("")));
+    const at::Tensor norms = at::where(usable, norm * safe, at::full_like(norm, std::nan(""))).cpu();
     if (job.individual) {
       std::copy_n(norms.const_data_ptr<double>(), job.count, job.norms);
     } else {

@@ -1,4 +1,5 @@
-// Manifolds with a retraction, in the one form that lanes.h calls.
+// Manifolds with a retraction, in the one form that kernels for small matrices call, here and in csrc/cuda. Every
+// function is inlined wherever it is called, whatever the instruction set.
 #pragma once
 
 #include "cpu/job.h"
@@ -7,8 +8,6 @@
 #include "manifolds/stiefel.h"
 
 namespace mk {
-namespace MK_ISA {
-namespace {
 
 // A manifold with a retraction: project(q, m, xi, size) -> ||xi||^2 and q <- R_q(step xi), at unit scale.
 template <bool Exp>
@@ -51,6 +50,4 @@ struct StiefelMap {
   }
 };
 
-}  // namespace
-}  // namespace MK_ISA
 }  // namespace mk
