@@ -182,7 +182,9 @@ def quoted(arguments: list[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+SOURCES = sorted(
+    str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp") if path.parent != ROOT / "csrc" / "cuda"
+)
 PURE_PYTHON = reason_for_pure_python()
 
 setup(

@@ -26,7 +26,10 @@ const std::vector<Kernel>& kernels() {
     add_small_vectors(table);
     add_small_stiefel(table);
     add_small_stiefel_others(table);
-
+    add_vectors(table);
+    add_scale_invariant(table);
+    add_grassmann(table);
+    add_matrices(table);
     return table;
   }();
   return all;

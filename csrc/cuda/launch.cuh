@@ -39,7 +39,8 @@ void start(unsigned blocks, int threads, size_t shared, Stream stream, const Tab
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
           "set aside shared memory");
-  kernel<<<blocks, unsigned(threads), shared, static_cast<cudaStream_t>(stream)> > >(tables, tiles);
+  constexpr auto function = kernel;
+  function<<<blocks, unsigned(threads), shared, static_cast<cudaStream_t>(stream)> > >(tables, tiles);
   check(cudaGetLastError(), "launch a kernel");
 }
 

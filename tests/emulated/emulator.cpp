@@ -61,6 +61,7 @@ size_t next_fresh;
 int done, at_barrier;
 unsigned barriers;
 int votes[2];
+int in_collective[32];  // threads of each warp that wait in one
 void (*kernel)(void*);
 void* kernel_context;
 void* shared;
@@ -275,6 +276,7 @@ void try_collective(const Running& self) {
       t->got[0] = ballot;
     }
     t->state = State::ready;
+    in_collective[self.warp]--;
   }
 }
 
@@ -292,6 +294,7 @@ void run_block(unsigned index) {
   if (schedule) std::shuffle(order.begin(), order.end(), random_order);
   next_fresh = 0;
   done = at_barrier = 0;
+  std::fill(std::begin(in_collective), std::end(in_collective), 0);
   idle.insert(idle.end(), used.begin(), used.end());
   used.clear();
   if (races_are_watched()) __tsan_release(&launched);
@@ -311,6 +314,8 @@ void run_block(unsigned index) {
       switch_fibers(scheduler, *threads[size_t(i)].fiber);
     }
     if (!moved) {
+      for (const Running& t : threads)
+        if (t.state == State::waiting && t.wait != Wait::barrier) try_collective(t);  // it may know what is wrong
       current = nullptr;
       fail("nothing goes on: a barrier or a collective that not all of its threads reach", 0);
     }
@@ -360,7 +365,8 @@ void collective(unsigned mask, Wait kind, int line) {
     __tsan_release(order_of);
     self->warp_barriers++;
   }
-  try_collective(*self);
+  // As long as fewer wait than the mask has lanes, none needs to be looked at.
+  if (++in_collective[self->warp] >= __builtin_popcount(mask)) try_collective(*self);
   wait();
   if (orders) __tsan_acquire(order_of);
 }
