@@ -105,3 +105,10 @@ def set_schedule(seed: int) -> None:
     """Run blocks and threads in an order drawn from ``seed``; 0: one after the other."""
     load()
     torch.ops.manifold_kernels_emulated.set_schedule(seed)
+
+
+def launched() -> list[int]:
+    """The blocks of each launch since the last time that this was asked."""
+    load()
+    blocks: list[int] = torch.ops.manifold_kernels_emulated.launched()
+    return blocks

@@ -49,6 +49,21 @@ template <class S>
 MK_DEVICE void store_chunk(S* p, const Chunk<S>& chunk) {
   *reinterpret_cast<Chunk<S>*>(p) = chunk;
 }
+// The same number by number where `aligned` says that addresses are no multiples of 16.
+template <class S>
+MK_DEVICE Chunk<S> load_chunk(const S* p, bool aligned) {
+  if (aligned) return load_chunk(p);
+  Chunk<S> chunk;
+  MK_UNROLL
+  for (int j = 0; j < Chunk<S>::size; j++) chunk.number[j] = p[j];
+  return chunk;
+}
+template <class S>
+MK_DEVICE void store_chunk(S* p, const Chunk<S>& chunk, bool aligned) {
+  if (aligned) return store_chunk(p, chunk);
+  MK_UNROLL
+  for (int j = 0; j < Chunk<S>::size; j++) p[j] = chunk.number[j];
+}
 MK_DEVICE bool is_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // The exponent and the leading bits of |x|, ordered as |x| is, Inf and NaN last.
@@ -117,14 +132,13 @@ struct Rules {
     const Hyper& h = t.hyper[g.hyper];
     const bool decays = g.manifold == ManifoldCode::euclidean;
     const bool adaptive = g.rule == Rule::adam_g && g.manifold == ManifoldCode::grassmann;
-    const bool buffered = t.tensors[g.parameter].momentum != nullptr && (adaptive || h.momentum != 0);
-    momentum = {R(h.momentum),
-                R(1 - h.dampening),
-                R(decays ? h.weight_decay : 0),
-                t.steps[g.parameter] == 0,
-                h.nesterov != 0,
-                h.maximize != 0,
-                buffered};
+    momentum.momentum = R(h.momentum);
+    momentum.one_minus_dampening = R(1 - h.dampening);
+    momentum.weight_decay = R(decays ? h.weight_decay : 0);
+    momentum.first = t.steps[g.parameter] == 0;
+    momentum.nesterov = h.nesterov != 0;
+    momentum.maximize = h.maximize != 0;
+    momentum.buffered = t.tensors[g.parameter].momentum != nullptr && (adaptive || h.momentum != 0);
     scaled = t.grad_scale != nullptr;
     grad_divisor = scaled ? R(*t.grad_scale) : R(1);
   }

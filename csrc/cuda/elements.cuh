@@ -50,13 +50,15 @@ class Elements {
       const bool buffered = rules.momentum.buffered, old = buffered && !rules.momentum.first;
       int64_t done = 0;
       const Address start = address(tile.first);
-      if (g.packed && is_aligned(w + start.weight) && is_aligned(grads + start.grad) &&
-          (!buffered || is_aligned(m + start.weight))) {
+      if (g.packed) {
+        // Whatever the addresses, a thread has the same elements, so that sums have the same bits.
+        const bool aligned = is_aligned(w + start.weight) && is_aligned(grads + start.grad) &&
+                             (!buffered || is_aligned(m + start.weight));
         done = tile.count / size * size;
         for (int64_t i = int64_t(threadIdx.x) * size; i < done; i += int64_t(blockDim.x) * size) {
-          Chunk<S> weight = load_chunk(w + start.weight + i), buffer{};
-          const Chunk<S> grad = load_chunk(grads + start.grad + i);
-          if (old) buffer = load_chunk(m + start.weight + i);
+          Chunk<S> weight = load_chunk(w + start.weight + i, aligned), buffer{};
+          const Chunk<S> grad = load_chunk(grads + start.grad + i, aligned);
+          if (old) buffer = load_chunk(m + start.weight + i, aligned);
           MK_UNROLL
           for (int j = 0; j < size; j++) {
             R x = real(weight.number[j]), y = real(buffer.number[j]);
@@ -66,8 +68,8 @@ class Elements {
             put(&buffer.number[j], y);
           }
           if constexpr (Write) {
-            store_chunk(w + start.weight + i, weight);
-            if (buffered) store_chunk(m + start.weight + i, buffer);
+            store_chunk(w + start.weight + i, weight, aligned);
+            if (buffered) store_chunk(m + start.weight + i, buffer, aligned);
           }
         }
       }

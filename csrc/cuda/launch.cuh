@@ -39,9 +39,11 @@ void start(unsigned blocks, int threads, size_t shared, Stream stream, const Tab
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
           "set aside shared memory");
-  constexpr auto function = kernel;
-  function<<<blocks, unsigned(threads), shared, static_cast<cudaStream_t>(stream)> > >(tables, tiles);
-  check(cudaGetLastError(), "launch a kernel");
+  Tables given = tables;
+  void* arguments[] = {&given, &tiles};
+  check(cudaLaunchKernel(kernel, dim3(blocks), dim3(unsigned(threads)), arguments, shared,
+                         static_cast<cudaStream_t>(stream)),
+        "launch a kernel");
 }
 
 #endif

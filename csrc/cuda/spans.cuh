@@ -54,12 +54,14 @@ class Span {
       const S* grads = static_cast<const S*>(tensor.grad) + grad;
       const bool use_momentum = read_momentum || (Write && write_momentum);
       int64_t done = 0;
-      if (g.packed && is_aligned(w) && is_aligned(grads) && (!use_momentum || is_aligned(m))) {
+      if (g.packed) {
+        // Whatever the addresses, a thread has the same elements, so that sums have the same bits.
+        const bool aligned = is_aligned(w) && is_aligned(grads) && (!use_momentum || is_aligned(m));
         done = length / size * size;
         for (int64_t i = int64_t(T::rank()) * size; i < done; i += T::size * size) {
-          Chunk<S> weights = load_chunk(w + i), momenta{}, gradients{};
-          if (read_grad) gradients = load_chunk(grads + i);
-          if (read_momentum) momenta = load_chunk(m + i);
+          Chunk<S> weights = load_chunk(w + i, aligned), momenta{}, gradients{};
+          if (read_grad) gradients = load_chunk(grads + i, aligned);
+          if (read_momentum) momenta = load_chunk(m + i, aligned);
           MK_UNROLL
           for (int j = 0; j < size; j++) {
             R x = real(weights.number[j]), y = real(momenta.number[j]);
@@ -69,8 +71,8 @@ class Span {
               put(&momenta.number[j], y);
             }
           }
-          if (Write && write_weight) store_chunk(w + i, weights);
-          if (Write && write_momentum) store_chunk(m + i, momenta);
+          if (Write && write_weight) store_chunk(w + i, weights, aligned);
+          if (Write && write_momentum) store_chunk(m + i, momenta, aligned);
         }
       }
 #pragma unroll 1

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -65,6 +66,7 @@ int in_collective[32];  // threads of each warp that wait in one
 void (*kernel)(void*);
 void* kernel_context;
 void* shared;
+std::vector<int64_t> launches;
 unsigned schedule;
 std::mt19937 random_order;
 const void* main_stack;
@@ -331,6 +333,8 @@ void set_schedule(unsigned seed) {
   random_order.seed(seed);
 }
 
+std::vector<int64_t> launched() { return std::exchange(launches, {}); }
+
 void block_barrier(int line) {
   Running* self = running();
   self->wait = Wait::barrier;
@@ -372,6 +376,7 @@ void collective(unsigned mask, Wait kind, int line) {
 }
 
 void launch(unsigned blocks, unsigned count, size_t bytes, void (*body)(void*), void* context) {
+  launches.push_back(blocks);
   current = nullptr;
   if (count < 1 || count > 1024) fail("wanted 1 to 1024 threads in a block", 0);
   block_size = {count, 1, 1};

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #define __device__
 #define __global__
@@ -54,6 +55,9 @@ void launch(unsigned blocks, unsigned threads, size_t shared, void (*body)(void*
 
 // 0: blocks and threads in their order; anything else: an order drawn from it.
 void set_schedule(unsigned seed);
+
+// The blocks of each launch since the last call.
+std::vector<int64_t> launched();
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, int line) {

@@ -22,6 +22,7 @@ TORCH_LIBRARY(manifold_kernels_emulated, m) {
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   m.def("set_schedule(int seed) -> ()", [](int64_t seed) { emulator::set_schedule(unsigned(seed)); });
   m.def("kernel_names() -> str[]", kernel_names);
+  m.def("launched() -> int[]", [] { return emulator::launched(); });
 }
 
 TORCH_LIBRARY_IMPL(manifold_kernels_emulated, CPU, m) { m.impl("step_", &mk::cuda::step_); }
