@@ -71,7 +71,7 @@ unsigned schedule;
 std::mt19937 random_order;
 const void* main_stack;
 size_t main_stack_bytes;
-char launched, ended, barrier_order[2], warp_order[32][2];  // addresses that stand for what ThreadSanitizer is told
+char launch_order, end_order, barrier_order[2], warp_order[32][2];  // addresses that stand for what ThreadSanitizer is told
 
 bool races_are_watched() { return __tsan_create_fiber != nullptr; }
 
@@ -207,9 +207,9 @@ void fiber_body() {
       current = &t;
       t.fiber = self;
       t.state = State::ready;
-      if (races_are_watched()) __tsan_acquire(&launched);
+      if (races_are_watched()) __tsan_acquire(&launch_order);
       kernel(kernel_context);
-      if (races_are_watched()) __tsan_release(&ended);
+      if (races_are_watched()) __tsan_release(&end_order);
       t.state = State::done;
       done++;
       thread_ends(t);
@@ -285,7 +285,7 @@ void try_collective(const Running& self) {
 void run_block(unsigned index) {
   const int count = int(threads.size());
   block_index = {index, 0, 0};
-  if (races_are_watched()) __tsan_acquire(&ended);  // blocks share the memory that stands for theirs
+  if (races_are_watched()) __tsan_acquire(&end_order);  // blocks share the memory that stands for theirs
   for (int i = 0; i < count; i++) {
     threads[size_t(i)] = Running{};
     threads[size_t(i)].index = {unsigned(i), 0, 0};
@@ -299,7 +299,7 @@ void run_block(unsigned index) {
   std::fill(std::begin(in_collective), std::end(in_collective), 0);
   idle.insert(idle.end(), used.begin(), used.end());
   used.clear();
-  if (races_are_watched()) __tsan_release(&launched);
+  if (races_are_watched()) __tsan_release(&launch_order);
   while (done < count) {
     bool moved = false;
     while (next_fresh < size_t(count)) {
@@ -392,7 +392,7 @@ void launch(unsigned blocks, unsigned count, size_t bytes, void (*body)(void*), 
   if (schedule) std::shuffle(sequence.begin(), sequence.end(), random_order);
   if (races_are_watched()) {
     if (!scheduler.thread_sanitizer) scheduler.thread_sanitizer = __tsan_get_current_fiber();
-    __tsan_release(&launched);
+    __tsan_release(&launch_order);
   }
   // To the byte, so that a step beyond its end is seen.
   shared = bytes ? std::aligned_alloc(16, (bytes + 15) / 16 * 16) : nullptr;
@@ -400,7 +400,7 @@ void launch(unsigned blocks, unsigned count, size_t bytes, void (*body)(void*), 
     if (bytes) std::memset(shared, 0xff, bytes);
     run_block(b);
   }
-  if (races_are_watched()) __tsan_acquire(&ended);
+  if (races_are_watched()) __tsan_acquire(&end_order);
   std::free(shared);
   shared = nullptr;
   current = nullptr;
