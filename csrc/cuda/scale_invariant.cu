@@ -58,12 +58,30 @@ class ScaleInvariantRow {
     const R factor = guarded ? R(1 / sqrt(after)) : R(1);
     // A weight that cannot be stored as it is fits again where the guard divides it.
     const bool fits = guarded ? after <= double(Limits<double>::largest) : weight < Range<R>::beyond;
-    if (velocity >= Range<R>::beyond || !fits) return false;
+    if (velocity >= Range<R>::beyond || !fits) return sizeof(R) == 4 && !buffered && step_beyond(rate);
     span.template each<true>(true, old, true, buffered, [&](int64_t, R& w, R g, R& m, auto s) {
       next(w, g, m, s);
       w = w * factor;
       m = m * factor;
     });
+    return true;
+  }
+
+ private:
+  // Where float cannot hold what is added to w, and nothing has to keep it: in double, if the guard divides it.
+  MK_DEVICE bool step_beyond(double rate) const {
+    const double minus_rate = h.maximize != 0 ? rate : -rate, kept = scale_invariant::keep(rate * h.weight_decay);
+    const auto next = [&](R w, R g) { return fma(double(w), kept, double(rules.unscaled(g)) * minus_rate); };
+    double after = 0;
+    span.template each<false>(true, false, false, false, [&](int64_t, R w, R g, R, auto) {
+      const double x = next(w, g);
+      after = fma(x, x, after);
+    });
+    after = T::sum(after);
+    if (!(after > h.guard * h.guard)) return false;
+    const double factor = 1 / sqrt(after);
+    span.template each<true>(true, false, true, false,
+                             [&](int64_t, R& w, R g, R&, auto) { w = R(next(w, g) * factor); });
     return true;
   }
 };
