@@ -126,7 +126,7 @@ template <class R>
 struct Rules {
   Momentum<R> momentum;
   bool scaled;  // gradients are to be divided by grad_scale
-  R grad_divisor;
+  R grad_scale, grad_inverse;
 
   MK_DEVICE Rules(const Tables& t, const Group& g) {
     const Hyper& h = t.hyper[g.hyper];
@@ -140,11 +140,16 @@ struct Rules {
     momentum.maximize = h.maximize != 0;
     momentum.buffered = t.tensors[g.parameter].momentum != nullptr && (adaptive || h.momentum != 0);
     scaled = t.grad_scale != nullptr;
-    grad_divisor = scaled ? R(*t.grad_scale) : R(1);
+    grad_scale = scaled ? R(*t.grad_scale) : R(1);
+    grad_inverse = R(1) / grad_scale;
   }
 
-  // What was loaded as the gradient, its scale taken off.
-  MK_DEVICE R unscaled(R g) const { return scaled ? g / grad_divisor : g; }
+  // What was loaded as the gradient, its scale taken off: a quotient, rounded as a division's, without its subroutine.
+  MK_DEVICE R unscaled(R g) const {
+    if (!scaled) return g;
+    const R quotient = g * grad_inverse;
+    return fma(fma(-quotient, grad_scale, g), grad_inverse, quotient);
+  }
   // The gradient of w as torch.optim.SGD takes it.
   MK_DEVICE R gradient(R w, R g) const { return momentum.gradient(w, unscaled(g)); }
 };

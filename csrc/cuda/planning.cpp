@@ -183,8 +183,8 @@ void Planner::cut(Group g, Key key, size_t shared, int64_t units, int64_t per_ti
   g.partial = partials;
   g.partials = twice ? tiles : 0;
   for (int64_t i = 0; i < tiles; i++) {
-    const Tile tile{i * per_tile, std::min(per_tile, units - i * per_tile), partials + i, int32_t(groups.size()),
-                    alone};
+    const Tile tile{i * per_tile, partials + i, int32_t(std::min(per_tile, units - i * per_tile)),
+                    int32_t(groups.size()), alone};
     if (twice) add_tile(measures, measure, shared, tile);
     add_tile(steps, step, shared, tile);
   }

@@ -15,6 +15,17 @@ namespace cuda {
 constexpr int small_threads(int elements) { return elements <= 25 ? 128 : 64; }
 constexpr int small_stride(int elements) { return elements | 1; }
 
+// Blocks that a multiprocessor is to have room for: what bounds the registers of a thread, to 64 for 3 x 3 matrices.
+// Left to itself, the compiler spills a few numbers of larger matrices for the sake of more threads.
+template <class Map>
+constexpr bool is_by_qr = true;
+template <Retraction retraction>
+constexpr bool is_by_qr<StiefelMap<retraction>> = retraction == Retraction::qr;
+template <class R, class Map>
+constexpr int small_blocks(int elements, Pass pass) {
+  return sizeof(R) == 4 && elements <= 9 && is_by_qr<Map> ? (pass == Pass::step ? 8 : 7) : elements < 56 ? 1 : 0;
+}
+
 // Dynamic shared memory of a block: where its matrices start, W and the momentum.
 template <class R>
 constexpr size_t small_shared(int elements) {
@@ -30,8 +41,6 @@ class Small {
   const Tables& t;
   const Group& g;
   const Tile& tile;
-  const Tensor& tensor;
-  const Addressing& geometry;
   const Rules<R> rules;
   const bool stored;    // the first launch has stored the momentum
   const bool in_order;  // everything at hand lies at consecutive addresses of 16 bytes' alignment
@@ -40,22 +49,22 @@ class Small {
 
   template <class S>
   MK_DEVICE S* weight_of() const {
-    return static_cast<S*>(tensor.weight);
+    return static_cast<S*>(t.tensors[g.parameter].weight);
   }
   template <class S>
   MK_DEVICE S* momentum_of() const {
-    return static_cast<S*>(tensor.momentum);
+    return static_cast<S*>(t.tensors[g.parameter].momentum);
   }
   template <class S>
   MK_DEVICE const S* grad_of() const {
-    return static_cast<const S*>(tensor.grad);
+    return static_cast<const S*>(t.tensors[g.parameter].grad);
   }
 
-  MK_DEVICE static int slot(int i) { return i / E * stride + i % E; }
+  MK_DEVICE static int slot(int i) { return stride == E ? i : i / E * stride + i % E; }
   MK_DEVICE int weight_element(int e) const { return g.in_order ? e : int(t.element_offsets[g.weight_offset + e]); }
   MK_DEVICE int grad_element(int e) const { return g.in_order ? e : int(t.element_offsets[g.grad_offset + e]); }
   // The first element of matrix k of the tile, where all are packed.
-  MK_DEVICE int64_t start(int64_t k) const { return (g.first + tile.first + k) * E; }
+  MK_DEVICE int64_t start(int k) const { return (g.first + tile.first + k) * E; }
 
   // f(slot, weight address, gradient address) over the elements of `count` matrices.
   template <class F>
@@ -80,7 +89,7 @@ class Small {
     return rules.momentum.buffered ? as_stored<S>(rules.momentum.buffer(grad, old)) : grad;
   }
 
-  MK_DEVICE void load(int64_t k, int count) const {
+  MK_DEVICE void load(int k, int count) const {
     const bool read_momentum = rules.momentum.buffered && (stored || !rules.momentum.first);
     const bool read_grad = !stored;
     with_storage<R>(g.storage, [&](auto s) {
@@ -92,6 +101,7 @@ class Small {
         const S* weights = weight_of<S>() + start(k);
         const S* grads = grad_of<S>() + start(k);
         const S* momenta = momentum_of<S>() + start(k);
+#pragma unroll 1
         for (int i = int(threadIdx.x) * size; i < done; i += threads * size) {
           const Chunk<S> weight = load_chunk(weights + i);
           Chunk<S> grad{}, old{};
@@ -120,33 +130,32 @@ class Small {
   }
 
   // What is in shared memory, but for matrices that stay as they are.
-  MK_DEVICE void store(int64_t k, int count, const bool* left) const {
+  MK_DEVICE void store(int k, int count, const bool* left) const {
     const bool write_momentum = rules.momentum.buffered && !stored;
     with_storage<R>(g.storage, [&](auto s) {
       using S = decltype(s);
-      const auto put_one = [&](int here, int64_t weight) {
-        if (steps) put(weight_of<S>() + weight, w[here]);
-        if (write_momentum) put(momentum_of<S>() + weight, b[here]);
-      };
       if (in_order && left == nullptr) {
-        constexpr int size = Chunk<S>::size;
-        const int done = count * E / size * size;
-        for (int i = int(threadIdx.x) * size; i < done; i += threads * size) {
-          Chunk<S> weight, momentum;
-          MK_UNROLL
-          for (int j = 0; j < size; j++) {
-            put(&weight.number[j], w[slot(i + j)]);
-            put(&momentum.number[j], b[slot(i + j)]);
-          }
-          if (steps) store_chunk(weight_of<S>() + start(k) + i, weight);
-          if (write_momentum) store_chunk(momentum_of<S>() + start(k) + i, momentum);
-        }
+        const auto put_all = [&](S* to, const R* from) {
+          constexpr int size = Chunk<S>::size;
+          const int done = count * E / size * size;
 #pragma unroll 1
-        for (int i = done + int(threadIdx.x); i < count * E; i += threads) put_one(slot(i), start(k) + i);
+          for (int i = int(threadIdx.x) * size; i < done; i += threads * size) {
+            Chunk<S> chunk;
+            MK_UNROLL
+            for (int j = 0; j < size; j++) put(&chunk.number[j], from[slot(i + j)]);
+            store_chunk(to + i, chunk);
+          }
+#pragma unroll 1
+          for (int i = done + int(threadIdx.x); i < count * E; i += threads) put(to + i, from[slot(i)]);
+        };
+        if (steps) put_all(weight_of<S>() + start(k), w);
+        if (write_momentum) put_all(momentum_of<S>() + start(k), b);
         return;
       }
       each_address(count, [&](int here, int64_t weight, int64_t, int c) {
-        if (left == nullptr || !left[c]) put_one(here, weight);
+        if (left != nullptr && left[c]) return;
+        if (steps) put(weight_of<S>() + weight, w[here]);
+        if (write_momentum) put(momentum_of<S>() + weight, b[here]);
       });
     });
   }
@@ -166,8 +175,6 @@ class Small {
       : t(t),
         g(t.groups[tile.group]),
         tile(tile),
-        tensor(t.tensors[g.parameter]),
-        geometry(t.geometries[g.geometry]),
         rules(t, g),
         stored(steps && g.partials && rules.momentum.buffered),
         in_order(g.packed && aligned()),
@@ -188,14 +195,15 @@ class Small {
 
   // All matrices of the tile. `rate`: lr / tau of a group that was measured before. Returns the thread's part of the
   // sum.
-  MK_DEVICE double run(double rate) const {
+  MK_DEVICE double run(R rate) const {
     __shared__ bool left_out[threads];
     double sum = 0;
-    for (int64_t k = 0; k < tile.count; k += threads) {
-      const int count = int(tile.count - k < threads ? tile.count - k : threads), own = int(threadIdx.x);
+    for (int k = 0; k < tile.count; k += threads) {
+      const int count = tile.count - k < threads ? tile.count - k : threads, own = int(threadIdx.x);
       const bool mine = own < count;
       const int64_t position = tile.first + k + own;
       if (mine) {
+        const Addressing& geometry = t.geometries[g.geometry];
         const int64_t component = component_of(t, g, position);
         weight_at[own] = component_offset(geometry, geometry.weight_stride, component);
         grad_at[own] = component_offset(geometry, geometry.grad_stride, component);
@@ -238,7 +246,7 @@ class Small {
       }
       // R^2 of the matrix; a norm beyond the root of the largest number has one of infinity, and a step of zero.
       const double wide = moves ? double(square) * double(unit.size) * double(unit.size) : 0;
-      R own_rate = R(rate);
+      R own_rate = rate;
       if constexpr (steps) {
         if (tile.alone) {
           const double total = Block::sum(wide);
@@ -274,7 +282,8 @@ class Small {
 };
 
 template <class R, class Map, int N, int P, Pass pass>
-__global__ void __launch_bounds__(small_threads(N* P)) small(Tables t, const Tile* tiles) {
+__global__ void __launch_bounds__(small_threads(N* P), small_blocks<R, Map>(N* P, pass))
+    small(Tables t, const Tile* tiles) {
   if (is_skipped(t)) return;
   MK_SHARED(char, shared);
   const Tile tile = tiles[blockIdx.x];
@@ -290,7 +299,7 @@ __global__ void __launch_bounds__(small_threads(N* P)) small(Tables t, const Til
       rate = step_size_of<double>(t, g)(total);
       if (t.norms && threadIdx.x == 0 && tile.first == 0) t.norms[g.norm] = sqrt(total);
     }
-    work.run(rate);
+    work.run(R(rate));
   }
 }
 

@@ -46,9 +46,9 @@ struct Group {
 // The work of a block: components [first, first + count) of a group, counted in the group; elements of the only
 // component in the Euclidean kernel, and columns of it where an oblique matrix is split.
 struct Tile {
-  int64_t first, count;
+  int64_t first;
   int64_t partial;  // where its sum goes
-  int32_t group;
+  int32_t count, group;
   bool alone;  // it is the whole group
 };
 
