@@ -12,14 +12,15 @@ namespace cuda {
 
 void step_by_library(const LibraryGroup& group, const GroupRow& row, const Arguments& arguments,
                      const at::Tensor& steps, const at::Tensor& nonfinite, const std::optional<at::Tensor>& norms,
-                     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+                     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+                     const std::optional<at::Tensor>& live) {
   const size_t i = size_t(row.parameter);
   TORCH_CHECK(!is_capturing(arguments.device), "params[", i, "]: its Stiefel matrices, ", group.geometry.n, " x ",
               group.geometry.p,
               ", are stepped by torch's linear algebra, which no CUDA graph can hold. Take steps outside "
               "of the graph, or leave such weights to another optimizer.");
   if (found_inf.has_value() && found_inf->item<float>() != 0) return;
-  const at::Tensor hyper = arguments.hyper.cpu();
+  const at::Tensor hyper = live.has_value() ? live->cpu() : arguments.hyper;
 
   Job job{};
   Geometry geometry = group.geometry;

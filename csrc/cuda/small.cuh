@@ -15,21 +15,23 @@ namespace cuda {
 constexpr int small_threads(int elements) { return elements <= 25 ? 128 : 64; }
 constexpr int small_stride(int elements) { return elements | 1; }
 
-// Blocks that a multiprocessor is to have room for: what bounds the registers of a thread, to 64 for 3 x 3 matrices.
-// Left to itself, the compiler spills a few numbers of larger matrices for the sake of more threads.
+// Blocks that a multiprocessor is to have room for: what bounds the registers of a thread, to 64 in a step of 3 x 3
+// matrices. One lets the compiler take what it wants, where it would spill a few numbers for the sake of more threads;
+// zero leaves it alone.
 template <class Map>
 constexpr bool is_by_qr = true;
 template <Retraction retraction>
 constexpr bool is_by_qr<StiefelMap<retraction>> = retraction == Retraction::qr;
 template <class R, class Map>
 constexpr int small_blocks(int elements, Pass pass) {
-  return sizeof(R) == 4 && elements <= 9 && is_by_qr<Map> ? (pass == Pass::step ? 8 : 7) : elements < 56 ? 1 : 0;
+  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) return pass == Pass::step ? 8 : 7;
+  return pass == Pass::step && elements >= 56 ? 0 : 1;
 }
 
-// Dynamic shared memory of a block: where its matrices start, W and the momentum.
+// Dynamic shared memory of a block: where its matrices start, W, the momentum, and the gradient for nesterov.
 template <class R>
 constexpr size_t small_shared(int elements) {
-  return size_t(small_threads(elements)) * (2 * sizeof(int64_t) + 2 * size_t(small_stride(elements)) * sizeof(R));
+  return size_t(small_threads(elements)) * (2 * sizeof(int64_t) + 3 * size_t(small_stride(elements)) * sizeof(R));
 }
 
 template <class R, class Map, int N, int P, Pass pass>
@@ -46,6 +48,7 @@ class Small {
   const bool in_order;  // everything at hand lies at consecutive addresses of 16 bytes' alignment
   int64_t *const weight_at, *const grad_at;
   R *const w, *const b;  // W, and the momentum or the gradient where there is none
+  R* const fresh;        // the gradient where the momentum looks ahead (nesterov)
 
   template <class S>
   MK_DEVICE S* weight_of() const {
@@ -83,15 +86,19 @@ class Small {
     }
   }
 
+  MK_DEVICE bool ahead() const { return rules.momentum.buffered && rules.momentum.nesterov; }
+
   template <class S>
-  MK_DEVICE R kept(R grad, R old) const {
-    if (stored) return old;
-    return rules.momentum.buffered ? as_stored<S>(rules.momentum.buffer(grad, old)) : grad;
+  MK_DEVICE void keep(int here, R weight, R grad, R old) const {
+    grad = rules.gradient(R(0), grad);
+    w[here] = weight;
+    b[here] = stored ? old : rules.momentum.buffered ? as_stored<S>(rules.momentum.buffer(grad, old)) : grad;
+    if (ahead()) fresh[here] = grad;
   }
 
   MK_DEVICE void load(int k, int count) const {
     const bool read_momentum = rules.momentum.buffered && (stored || !rules.momentum.first);
-    const bool read_grad = !stored;
+    const bool read_grad = !stored || ahead();
     with_storage<R>(g.storage, [&](auto s) {
       using S = decltype(s);
       int done = 0;
@@ -109,22 +116,19 @@ class Small {
           if (read_momentum) old = load_chunk(momenta + i);
           MK_UNROLL
           for (int j = 0; j < size; j++) {
-            w[slot(i + j)] = real(weight.number[j]);
-            b[slot(i + j)] = kept<S>(rules.gradient(R(0), real(grad.number[j])), real(old.number[j]));
+            keep<S>(slot(i + j), real(weight.number[j]), real(grad.number[j]), real(old.number[j]));
           }
         }
 #pragma unroll 1
         for (int i = done + int(threadIdx.x); i < count * E; i += threads) {
-          w[slot(i)] = real(weights[i]);
-          b[slot(i)] = kept<S>(read_grad ? rules.gradient(R(0), real(grads[i])) : R(0),
-                               read_momentum ? R(real(momenta[i])) : R(0));
+          keep<S>(slot(i), real(weights[i]), read_grad ? R(real(grads[i])) : R(0),
+                  read_momentum ? R(real(momenta[i])) : R(0));
         }
         return;
       }
       each_address(count, [&](int here, int64_t weight, int64_t grad, int) {
-        w[here] = real(weight_of<S>()[weight]);
-        b[here] = kept<S>(read_grad ? rules.gradient(R(0), real(grad_of<S>()[grad])) : R(0),
-                          read_momentum ? R(real(momentum_of<S>()[weight])) : R(0));
+        keep<S>(here, real(weight_of<S>()[weight]), read_grad ? R(real(grad_of<S>()[grad])) : R(0),
+                read_momentum ? R(real(momentum_of<S>()[weight])) : R(0));
       });
     });
   }
@@ -160,16 +164,6 @@ class Small {
     });
   }
 
-  // The gradient of the thread's matrix once more, for nesterov.
-  MK_DEVICE void load_own_gradient(R* grad) const {
-    with_storage<R>(g.storage, [&](auto s) {
-      using S = decltype(s);
-      const S* own = grad_of<S>() + grad_at[threadIdx.x];
-      MK_UNROLL
-      for (int e = 0; e < E; e++) grad[e] = rules.gradient(R(0), real(own[grad_element(e)]));
-    });
-  }
-
  public:
   MK_DEVICE Small(const Tables& t, const Tile& tile, void* shared)
       : t(t),
@@ -181,7 +175,8 @@ class Small {
         weight_at(static_cast<int64_t*>(shared)),
         grad_at(weight_at + threads),
         w(reinterpret_cast<R*>(grad_at + threads)),
-        b(w + threads * stride) {}
+        b(w + threads * stride),
+        fresh(b + threads * stride) {}
 
   MK_DEVICE bool aligned() const {
     bool all = false;
@@ -228,17 +223,15 @@ class Small {
           top = larger(top, magnitude(d[e]));
           q[e] = q[e] * inverse;
         }
-        if (rules.momentum.buffered && rules.momentum.nesterov) {
-          load_own_gradient(xi);
+        if (ahead()) {
           MK_UNROLL
-          for (int e = 0; e < E; e++) top = larger(top, magnitude(xi[e]));
-          unit = Unit<R>(top);
-          MK_UNROLL
-          for (int e = 0; e < E; e++) d[e] = rules.momentum.direction(xi[e] * unit.inverse, d[e] * unit.inverse);
-        } else {
-          unit = Unit<R>(top);
-          MK_UNROLL
-          for (int e = 0; e < E; e++) d[e] = d[e] * unit.inverse;
+          for (int e = 0; e < E; e++) top = larger(top, magnitude(fresh[own * stride + e]));
+        }
+        unit = Unit<R>(top);
+        MK_UNROLL
+        for (int e = 0; e < E; e++) {
+          d[e] = d[e] * unit.inverse;
+          if (ahead()) d[e] = rules.momentum.direction(fresh[own * stride + e] * unit.inverse, d[e]);
         }
         moves = larger(top, weights) < Range<R>::beyond;
         if (steps && g.partials) moves = !t.left_out[g.state + position];

@@ -1,5 +1,6 @@
 #include "cuda/step.h"
 
+#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <cmath>
@@ -32,10 +33,9 @@ class StepTable {
   Upload upload;
   size_t tensors_at, hyper_at, taken_at;
   at::Tensor there;
-  const at::Tensor& hyper;
 
  public:
-  StepTable(const Arguments& a, const std::vector<uint8_t>& taken) : hyper(a.hyper) {
+  StepTable(const Arguments& a, const std::vector<uint8_t>& taken) {
     std::vector<Tensor> tensors;
     for (size_t i = 0; i < a.params.size(); i++) {
       const auto address = [](const at::Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
@@ -44,10 +44,8 @@ class StepTable {
     }
     tensors_at = upload.add(tensors);
     taken_at = upload.add(taken);
-    if (hyper.is_cpu()) {
-      const Hyper* rows = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>());
-      hyper_at = upload.add(std::vector<Hyper>(rows, rows + hyper.size(0)));
-    }
+    const Hyper* rows = reinterpret_cast<const Hyper*>(a.hyper.const_data_ptr<double>());
+    hyper_at = upload.add(std::vector<Hyper>(rows, rows + a.hyper.size(0)));
   }
 
   void send(Schedule& schedule, at::Device device) {
@@ -67,10 +65,7 @@ class StepTable {
 
   const Tensor* tensors() const { return at_byte<Tensor>(there, tensors_at); }
   const uint8_t* taken() const { return at_byte<uint8_t>(there, taken_at); }
-  const Hyper* hypers() const {
-    return hyper.is_cpu() ? at_byte<Hyper>(there, hyper_at)
-                          : reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>());
-  }
+  const Hyper* hypers() const { return at_byte<Hyper>(there, hyper_at); }
 };
 
 void send_scales(Schedule& schedule, const at::Tensor& scales, at::Device device) {
@@ -92,7 +87,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
            at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite, const at::Tensor& groups,
            const at::Tensor& components, const at::Tensor& scales, const at::Tensor& hyper,
            const std::optional<at::Tensor>& norms, const std::optional<at::Tensor>& grad_scale,
-           const std::optional<at::Tensor>& found_inf) {
+           const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& live) {
   const int64_t count = int64_t(params.size());
   TORCH_CHECK_VALUE(
       int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
@@ -103,10 +98,15 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   check_table(groups, "groups", at::kLong, group_columns);
   check_table(components, "components", at::kLong, 0);
   check_table(scales, "scales", at::kDouble, 0);
-  check_table(hyper, "hyper", at::kDouble, hyper_columns, hyper.is_cpu() ? at::Device(at::kCPU) : device);
+  check_table(hyper, "hyper", at::kDouble, hyper_columns);
+  if (live.has_value()) {
+    check_table(*live, "live", at::kDouble, hyper_columns, device);
+    TORCH_CHECK_VALUE(live->size(0) == hyper.size(0), "live: wanted as many rows as hyper, ", hyper.size(0), ", got ",
+                      live->size(0), ".");
+  }
   check_table(steps, "steps", at::kLong, 0, device);
   check_table(nonfinite, "nonfinite", at::kLong, 0, device);
-  if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0, device);
+  if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
   TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
                     " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
 
@@ -127,7 +127,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     check_row(row, r, count, hyper.size(0), components.numel(), scales.numel());
     entries += row.individual ? row.count : 1;
     const size_t i = size_t(row.parameter);
-    if (!grad[i].defined() || row.count == 0 || !hyper.is_cpu()) continue;
+    if (!grad[i].defined() || row.count == 0) continue;
     const bool adaptive = Rule(row.rule) == Rule::adam_g && ManifoldCode(row.manifold) == ManifoldCode::grassmann;
     const Hyper& h = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>())[row.hyper];
     TORCH_CHECK_VALUE(momenta[i].numel() > 0 || !(adaptive || h.momentum != 0), "momenta[", i,
@@ -150,34 +150,37 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   StepTable table(arguments, taken);
   table.send(schedule, device);
   send_scales(schedule, scales, device);
-  if (norms.has_value()) norms->fill_(std::nan(""));
+  std::optional<at::Tensor> measured;
+  if (norms.has_value()) measured = at::full({entries}, std::nan(""), norms->options().device(device));
 
-  const Tables tables{table.tensors(),
-                      at_byte<Group>(schedule.tables, schedule.groups_at),
-                      at_byte<Addressing>(schedule.tables, schedule.geometries_at),
-                      at_byte<int64_t>(schedule.tables, schedule.offsets_at),
-                      at_byte<int64_t>(schedule.components, 0),
-                      at_byte<double>(schedule.scales, 0),
-                      table.hypers(),
-                      table.taken(),
-                      steps.data_ptr<int64_t>(),
-                      nonfinite.data_ptr<int64_t>(),
-                      schedule.partials.data_ptr<double>(),
-                      schedule.states.data_ptr<double>(),
-                      schedule.left_out.data_ptr<uint8_t>(),
-                      norms.has_value() ? norms->data_ptr<double>() : nullptr,
-                      scale,
-                      inf,
-                      count};
+  const Tables tables{
+      table.tensors(),
+      at_byte<Group>(schedule.tables, schedule.groups_at),
+      at_byte<Addressing>(schedule.tables, schedule.geometries_at),
+      at_byte<int64_t>(schedule.tables, schedule.offsets_at),
+      at_byte<int64_t>(schedule.components, 0),
+      at_byte<double>(schedule.scales, 0),
+      live.has_value() ? reinterpret_cast<const Hyper*>(live->const_data_ptr<double>()) : table.hypers(),
+      table.taken(),
+      steps.data_ptr<int64_t>(),
+      nonfinite.data_ptr<int64_t>(),
+      schedule.partials.data_ptr<double>(),
+      schedule.states.data_ptr<double>(),
+      schedule.left_out.data_ptr<uint8_t>(),
+      measured.has_value() ? measured->data_ptr<double>() : nullptr,
+      scale,
+      inf,
+      count};
   const Stream stream = current_stream(device);
   for (const LaunchOnDevice& launch : schedule.launches)
     launch.kernel->start(launch.blocks, launch.kernel->threads, launch.shared, stream, tables,
                          at_byte<Tile>(schedule.tables, launch.tiles));
   for (const LibraryGroup& group : schedule.library)
-    step_by_library(group, rows[group.row], arguments, steps, nonfinite, norms, grad_scale, found_inf);
+    step_by_library(group, rows[group.row], arguments, steps, nonfinite, measured, grad_scale, found_inf, live);
   static const Kernel* const advance = find({.engine = Engine::advance});
   advance->start(unsigned((count + advance->threads - 1) / advance->threads), advance->threads, 0, stream, tables,
                  nullptr);
+  if (norms.has_value()) norms->copy_(*measured);  // which waits for the device
 }
 
 }  // namespace cuda

@@ -71,7 +71,8 @@ unsigned schedule;
 std::mt19937 random_order;
 const void* main_stack;
 size_t main_stack_bytes;
-char launch_order, end_order, barrier_order[2], warp_order[32][2];  // addresses that stand for what ThreadSanitizer is told
+char launch_order, end_order, barrier_order[2],
+    warp_order[32][2];  // addresses that stand for what ThreadSanitizer is told
 
 bool races_are_watched() { return __tsan_create_fiber != nullptr; }
 

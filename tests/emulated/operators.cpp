@@ -19,7 +19,7 @@ TORCH_LIBRARY(manifold_kernels_emulated, m) {
   m.def(
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
       "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None, "
-      "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+      "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? live=None) -> ()");
   m.def("set_schedule(int seed) -> ()", [](int64_t seed) { emulator::set_schedule(unsigned(seed)); });
   m.def("kernel_names() -> str[]", kernel_names);
   m.def("launched() -> int[]", [] { return emulator::launched(); });

@@ -1,5 +1,5 @@
-// Kernels with one bug each, and the same without it: what the emulator and the sanitizers are to find. The first argument
-// names the kernel, the second the schedule.
+// Kernels with one bug each, and the same without it: what the emulator and the sanitizers are to find. The first
+// argument names the kernel, the second the schedule.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
