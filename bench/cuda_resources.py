@@ -205,7 +205,9 @@ def _name(signature: str) -> tuple[str, bool, int]:
         parts.append(f"{n}x{p}")
         elements = n * p
     parts += re.findall(r"Team<(\d+)>", signature)[:1]
-    parts += ["double" if wide else "float", _PASSES[int(re.findall(r"\(mk::cuda::Pass\)(\d)", signature)[0])]] if (
-        "(mk::cuda::Pass)" in signature
-    ) else ["double" if wide else "float", "step"]
+    parts += (
+        ["double" if wide else "float", _PASSES[int(re.findall(r"\(mk::cuda::Pass\)(\d)", signature)[0])]]
+        if ("(mk::cuda::Pass)" in signature)
+        else ["double" if wide else "float", "step"]
+    )
     return " ".join(parts), wide, elements

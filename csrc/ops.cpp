@@ -161,15 +161,11 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
 #ifndef MK_BUILD_TORCH
 #define MK_BUILD_TORCH "unknown"
 #endif
-#ifndef MK_BUILD_CUDA
-#define MK_BUILD_CUDA "unknown"
-#endif
 
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = MK_BUILD_COMPILER;
   info["torch"] = MK_BUILD_TORCH;
-  info["cuda"] = MK_BUILD_CUDA;
   info["instruction_set"] = instruction_set();
   return info;
 }
