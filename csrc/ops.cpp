@@ -167,6 +167,9 @@ pybind11::dict build_info() {
   info["compiler"] = MK_BUILD_COMPILER;
   info["torch"] = MK_BUILD_TORCH;
   info["instruction_set"] = instruction_set();
+#ifdef MK_BUILD_CUDA
+  info["cuda"] = MK_BUILD_CUDA;  // the toolkit's version, where csrc/cuda is compiled in
+#endif
   return info;
 }
 

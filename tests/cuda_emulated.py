@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ CUDA = ROOT / "csrc" / "cuda"
 #: What the backend has in common with the CPU's.
 SHARED = ("arguments.cpp", "cpu/geometry.cpp", "cpu/library.cpp")
 
-#: Sanitizers by name: flags of all sources, and those of the emulator itself, which tells ThreadSanitizer what orders what.
+#: Sanitizers by name: flags of all sources, and those of the emulator, which tells ThreadSanitizer what orders what.
 SANITIZERS: dict[str, tuple[str, str]] = {
     "none": ("", ""),
     # vptr: torch's own classes carry no type information that would fit.
@@ -36,9 +37,9 @@ SANITIZERS: dict[str, tuple[str, str]] = {
 }
 
 FLAGS = (
-    "-std=c++20 -O1 -fPIC -fopenmp -ffp-contract=off -mfma -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
+    "-std=c++20 -O1 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
     "-Wno-maybe-uninitialized -DMK_EMULATED"
-)
+) + (" -mfma" if platform.machine() == "x86_64" else "")
 
 
 def compiler() -> str:
@@ -72,7 +73,8 @@ def build(sanitizer: str = "none") -> Path:
         for source in sources():
             own = emulator if source.name == "emulator.cpp" else everywhere
             # The emulator runs at every barrier.
-            flags = f"{FLAGS} {'-O2' if source.name == 'emulator.cpp' else ''} {own} {include}" + (" -x c++" if source.suffix == ".cu" else "")
+            faster = "-O2" if source.name == "emulator.cpp" else ""
+            flags = f"{FLAGS} {faster} {own} {include}" + (" -x c++" if source.suffix == ".cu" else "")
             objects.append(str(folder / f"{source.stem}_{hashlib.sha1(str(source).encode()).hexdigest()[:6]}.o"))
             writer.build(objects[-1], "compile", str(source), variables={"flags": flags})
         writer.build(str(library), "link", objects)

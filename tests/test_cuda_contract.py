@@ -1,5 +1,5 @@
-"""The contract of a step, as ``test_cpu_contract`` has it, kept by the CUDA kernels under the emulator; and what only they have:
-scaled gradients, launches whose number does not depend on the number of tensors, blocks in any order."""
+"""The contract of a step, as ``test_cpu_contract`` has it, kept by the CUDA kernels under the emulator; and what only
+they have: scaled gradients, launches whose number does not depend on the number of tensors, blocks in any order."""
 
 from __future__ import annotations
 
@@ -77,10 +77,8 @@ def case_of(engine: tuple[str, str, tuple[int, ...], Layout], dtype: torch.dtype
 
 def step(run: Run, grads: list[Tensor | None], rows, hyper, norms=None, grad_scale=None, found_inf=None) -> None:
     plan = Plan.build(rows, run.params)
-    step_(
-        run.params, grads, run.momenta, run.variances, run.steps, run.nonfinite, plan.groups, plan.components, plan.scales,
-        hyper_table(hyper), norms, grad_scale, found_inf,
-    )  # fmt: skip
+    state = (run.params, grads, run.momenta, run.variances, run.steps, run.nonfinite)
+    step_(*state, plan.groups, plan.components, plan.scales, hyper_table(hyper), norms, grad_scale, found_inf)
 
 
 def small(grad: Tensor, of: str) -> Tensor:
@@ -143,7 +141,8 @@ def test_launches_do_not_grow_with_the_number_of_tensors() -> None:
                 layout = FLAT if isinstance(of, Euclidean) else KERNEL
                 weight = torch.randn(shape)
                 weights.append(weight if layout is FLAT else place_(of, weight, layout))
-                rows.append(group(of, layout, parameter=len(weights) - 1, step_size="none" if layout is FLAT else "general"))
+                step_size = "none" if layout is FLAT else "general"
+                rows.append(group(of, layout, parameter=len(weights) - 1, step_size=step_size))
         run = start(weights, rows, [{}])
         launched()
         step(run, [torch.randn_like(w) for w in weights], rows, [{}])
@@ -157,7 +156,8 @@ def test_one_layer_fills_the_machine(of: str) -> None:
     weight = torch.empty(512, 512, 3, 3)
     layout = FLAT if of == "euclidean" else KERNEL
     rows = [group(of, layout, step_size="general")]
-    run = Run([weight], [weight.new_empty(0)], [torch.empty(0)], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    counters = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    run = Run([weight], [weight.new_empty(0)], [torch.empty(0)], *counters)
     launched()
     step(run, [weight], rows, [{}], found_inf=torch.ones(1))
     blocks = launched()

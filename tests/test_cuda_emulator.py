@@ -32,11 +32,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bugs")
     found = {}
     for name, (everywhere, emulator) in SANITIZERS.items():
-        common = [*compiler().split(), "-std=c++20", "-O1", "-g1", "-DMK_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
+        flags = ["-std=c++20", "-O1", "-g1", "-DMK_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
+        common, fibers = [*compiler().split(), *flags], str(folder / f"{name}.o")
         commands = [
-            [*common, *emulator.split(), "-c", str(EMULATOR / "emulator.cpp"), "-o", str(folder / f"{name}.o")],
-            [*common, *everywhere.split(), str(EMULATOR / "seeded_bugs.cpp"), str(folder / f"{name}.o"), "-o", str(folder / name)],
-        ]  # fmt: skip
+            [*common, *emulator.split(), "-c", str(EMULATOR / "emulator.cpp"), "-o", fibers],
+            [*common, *everywhere.split(), str(EMULATOR / "seeded_bugs.cpp"), fibers, "-o", str(folder / name)],
+        ]
         results = [subprocess.run(command, capture_output=True, text=True) for command in commands]
         if name == "none":
             assert all(result.returncode == 0 for result in results), results[-1].stderr

@@ -1,4 +1,4 @@
-"""Steps of the CUDA kernels, run on the CPU by the emulator, against the reference: the tests of the CPU kernels, all of them."""
+"""Steps of the CUDA kernels, run on the CPU by the emulator, against the reference: all tests of the CPU kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels under sanitizers: AddressSanitizer for what they touch, ThreadSanitizer for what no barrier orders."""
+"""The CUDA kernels under sanitizers: AddressSanitizer sees what they touch, ThreadSanitizer what no barrier orders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if (reason := cuda_emulated.missing()) is not None:
 RUNS = [
     ("address", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}, ""),
     # Python and torch themselves are not what is watched.
-    ("thread", "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}, "any_order or test_views or test_filters"),
+    ("thread", "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}, "any_order or views or filters"),
 ]
 
 
