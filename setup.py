@@ -257,9 +257,9 @@ class BuildKernels(build_ext):
         ninja.variable("cxx", quoted(compiler))
         objects: list[tuple[Path, Path, list[str]]] = []
         kernels: list[tuple[Path, Path, list[str]]] = []
-        host = [*flags, f'-DMK_BUILD_CUDA="{cuda.about}"']
+        host = list(flags)
         if cuda.reason is None:
-            host.append(f"-isystem{cuda.top / 'include'}")
+            host += [f'-DMK_BUILD_CUDA="{cuda.about}"', f"-isystem{cuda.top / 'include'}"]
             ninja.variable("nvcc", quoted([str(cuda.nvcc)]))
             for source in map(Path, CUDA_SOURCES):
                 if source.suffix == ".cu":

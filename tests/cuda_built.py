@@ -1,4 +1,4 @@
-"""Checks what ``make cuda-build`` has built: ``python tests/cuda_built.py`` with the Python that it was installed for."""
+"""Checks what ``make cuda-build`` has installed: ``python tests/cuda_built.py``, by the Python that has it."""
 
 import sys
 

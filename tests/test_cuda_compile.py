@@ -19,8 +19,8 @@ if (reason := cuda.missing()) is not None:
         raise RuntimeError(f"the CUDA kernels must be compiled here, but {reason}")
     pytest.skip(f"the CUDA kernels cannot be compiled: {reason}", allow_module_level=True)
 
-#: Kernels by pattern, the first that fits counts: the most registers of a thread and the most bytes spilled. A thread of
-#: a block of 256 cannot have more than 255 registers, and three such blocks fit a multiprocessor up to 80.
+#: Kernels by pattern, the first that fits counts: the most registers of a thread and the most bytes spilled.
+#: A thread cannot have more than 255; up to 64, 80 and 128 a multiprocessor holds 1024, 768 and 512 threads.
 CEILINGS: list[tuple[str, int, int]] = [
     (r"small stiefel qr (2x2|3x2|3x3) float step", 64, 0),
     (r"small (sphere|oblique) (projection|exp) (2x2|3x3) float step", 64, 0),

@@ -1,4 +1,4 @@
-"""Steps of the CUDA kernels on a GPU against the reference: the tests of the CPU kernels and of their contract, all of them.
+"""Steps of the CUDA kernels on a GPU against the reference: the tests of the CPU kernels, and those of their contract.
 
 Tensors lie on the CPU in those tests. ``step_`` takes their storages to the GPU, whole, so that every address keeps its
 alignment and every gap its content, steps there, and brings the storages back.
