@@ -6,6 +6,7 @@ alignment and every gap its content, steps there, and brings the storages back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -26,7 +27,7 @@ from test_cpu_contract import (  # noqa: F401  the tests themselves
     test_zero_weights,
 )
 from test_cpu_kernels import *  # noqa: F403  the tests themselves
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from manifold_kernels import ops
 
@@ -35,37 +36,33 @@ if not torch.cuda.is_available():
 
 #: Of the operator's arguments, those that stay on the CPU: groups, components, scales, hyper.
 ON_CPU = range(6, 10)
+DEVICE = torch.device("cuda")
 
 
-def moved(tensor: Tensor) -> Tensor:
-    storage = tensor.untyped_storage().cuda()
-    there = torch.empty(0, dtype=tensor.dtype, device="cuda")
-    there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return there
+def step_(*arguments: Sequence[Tensor | None] | Tensor | None) -> None:
+    """The operator, on copies of the storages that lie on the GPU."""
+    assert ops.backends()["cuda"] is None
+    storages: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # here and there, by address
 
-
-def step_(*arguments: list[Tensor | None] | Tensor | None) -> None:
-    """The operator, on copies that lie on the GPU."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-
-    def take(tensor: Tensor | None) -> Tensor | None:
+    def moved(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        pairs.append((tensor, moved(tensor.resolve_neg())))
-        return pairs[-1][1]
+        here = tensor.untyped_storage()
+        _, there = storages.setdefault(here.data_ptr(), (here, here.to(device=DEVICE)))
+        empty = torch.empty(0, dtype=tensor.dtype, device=DEVICE)
+        return empty.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    there = [
+    given = [
         argument
         if position in ON_CPU
-        else [take(one) for one in argument]
+        else [moved(one) for one in argument]
         if isinstance(argument, (list, tuple))
-        else take(argument)
+        else moved(argument)
         for position, argument in enumerate(arguments)
     ]
-    assert ops.backends()["cuda"] is None
-    torch.ops.manifold_kernels.step_(*there)
-    for here, on_gpu in pairs:
-        here.untyped_storage().copy_(on_gpu.untyped_storage())
+    torch.ops.manifold_kernels.step_(*given)
+    for here, there in storages.values():
+        here.copy_(there)
 
 
 @pytest.fixture(autouse=True)
