@@ -1,16 +1,20 @@
 # make demo | test | test-long | lint | bench | api | build | clean. All of them set up .venv first (Python 3.11 or newer).
+# make cuda-report | cuda-build | test-gpu | bench-gpu: the CUDA kernels; all but the first in .venv-cuda, with CUDA's torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.14.1
 CHECK ?=
 
 # Modules that are no API, or need what may not be there.
 HIDDEN := '!manifold_kernels.triton' '!manifold_kernels.__main__' '!manifold_kernels._C' '!manifold_kernels.demo'
 
 BIN := .venv/bin
+CUDA_BIN := .venv-cuda/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CUDA_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-long lint bench api build clean
+.PHONY: demo test test-long lint bench api build clean cuda-report cuda-build test-gpu bench-gpu
 
 build: .venv/built
 
@@ -39,6 +43,24 @@ bench: .venv/built .venv/dev
 api: .venv/built .venv/dev
 	$(BIN)/pdoc --docformat restructuredtext --output-directory docs/api manifold_kernels $(HIDDEN)
 
+# What nvcc makes of the kernels for GPUs that are not there. Needs nvcc.
+cuda-report: .venv/base .venv/dev
+	$(BIN)/python bench/cuda_report.py
+
+# The whole extension against a torch built for CUDA, installed and imported. Needs nvcc, no GPU.
+cuda-build: .venv-cuda/built
+	$(CUDA_BIN)/python tests/cuda_built.py
+
+test-gpu: .venv-cuda/built .venv-cuda/dev
+	$(CUDA_BIN)/python tests/gpu_there.py $@
+	$(CUDA_BIN)/pytest tests/test_gpu_kernels.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_BIN)/pytest tests/test_gpu_kernels.py -k "test_views or test_filters"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(CUDA_BIN)/pytest tests/test_gpu_kernels.py -k "test_filters"
+
+bench-gpu: .venv-cuda/built
+	$(CUDA_BIN)/python tests/gpu_there.py $@
+	$(CUDA_BIN)/python bench/gpu_steps.py
+
 clean:
 	rm -rf build dist results docs/api *.egg-info manifold_kernels/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f .venv/built
@@ -55,4 +77,20 @@ clean:
 # The kernels again wherever their sources changed; Python files are used where they lie.
 .venv/built: .venv/base $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+.venv-cuda/base: requirements.txt
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv .venv-cuda
+	$(CUDA_BIN)/python -m pip install --quiet "$(TORCH_CUDA)" -r requirements.txt
+	touch $@
+
+# CUDA's torch brings the Triton that it was built with.
+.venv-cuda/dev: .venv-cuda/base requirements-dev.txt
+	grep -v '^triton' requirements-dev.txt > .venv-cuda/requirements-dev.txt
+	$(CUDA_BIN)/python -m pip install --quiet -r .venv-cuda/requirements-dev.txt
+	touch $@
+
+# Installed, not in place: the extension that lies in manifold_kernels/ belongs to .venv.
+.venv-cuda/built: .venv-cuda/base $(SOURCES) $(CUDA_SOURCES) $(shell find manifold_kernels -name '*.py')
+	$(CUDA_BIN)/python -m pip install --no-build-isolation --no-deps .
 	touch $@

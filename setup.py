@@ -3,10 +3,13 @@
 What is built follows from what is there:
 
 * Linux on x86-64 or aarch64 with a C++ compiler: the kernels. A compiler that fails makes the installation fail.
+* nvcc and a torch built for CUDA, too: the CUDA kernels (``CUDA_HOME``, or the nvcc on the path; no GPU is needed).
 * No compiler, or another platform: pure Python, which ``manifold-kernels info`` reports.
 * ``MANIFOLD_KERNELS_SKIP_BUILD=1``: pure Python.
 
-Environment: ``CXX`` (the compiler), ``CXXFLAGS`` and ``LDFLAGS`` (appended), ``MAX_JOBS`` (compilations at a time).
+Environment: ``CXX`` (the compiler), ``CXXFLAGS`` and ``LDFLAGS`` (appended), ``MAX_JOBS`` (compilations at a time),
+``TORCH_CUDA_ARCH_LIST`` (compute capabilities, as in ``"8.0;9.0+PTX"``; by default those of the GPUs that are there, or
+else ``ARCHITECTURES``), ``NVCC_CCBIN`` and ``NVCC_APPEND_FLAGS`` (nvcc reads them itself).
 
 Torch's ``BuildExtension`` has one set of flags for an extension, but the kernels are compiled once for every
 instruction set; so this file writes ninja's build file itself.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,6 +58,14 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 }
 
 
+#: Flags of the CUDA kernels: as for the CPU's, the kernels say themselves where they want a fused multiply-add.
+NVCC_FLAGS = shlex.split("-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler=-fPIC")
+
+#: What CUDA kernels are compiled for where no GPU is there: A100 (the rest of Ampere, and Ada, run that, too), H100,
+#: B200, and by way of PTX those that come after it. Turing (7.5) has to be asked for: each one is minutes of compiling.
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler: ``CXX``, or the first that is installed."""
     if chosen := shlex.split(os.environ.get("CXX", "")):
@@ -80,6 +92,80 @@ def jobs() -> int:
     if wanted and not (wanted.isdigit() and int(wanted) > 0):
         raise SetupError(f"MAX_JOBS: wanted a whole number > 0, got {wanted!r}.")
     return int(wanted) if wanted else len(os.sched_getaffinity(0))
+
+
+def find_nvcc() -> Path | None:
+    """nvcc: that of ``CUDA_HOME``, or the one on the path."""
+    if home := os.environ.get("CUDA_HOME"):
+        if not (nvcc := Path(home, "bin", "nvcc")).exists():
+            raise SetupError(f"CUDA_HOME: wanted a CUDA toolkit with bin/nvcc, got {home!r}. Unset it or correct it.")
+        return nvcc
+    return Path(found) if (found := shutil.which("nvcc")) else None
+
+
+def toolkit(nvcc: Path) -> tuple[Path, str]:
+    """The folder with the headers and libraries that ``nvcc`` compiles with, and its release.
+
+    nvcc itself knows: what lies on the path may be a wrapper from elsewhere.
+    """
+    trial = subprocess.run([str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+    version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
+    top, release = re.search(r"^#\$ TOP=(.*)$", trial.stderr, re.M), re.search(r"release (\d+\.\d+)", version.stdout)
+    if top is None or release is None:
+        raise SetupError(f"nvcc: wanted a working compiler, got {nvcc}, which says {trial.stderr[-500:]!r}.")
+    return Path(top[1]).resolve(), release[1]
+
+
+class Cuda:
+    """What CUDA kernels are compiled with; ``reason`` says why none are, where none are."""
+
+    def __init__(self, torch: ModuleType) -> None:
+        self.reason: str | None = None
+        self.nvcc = find_nvcc()
+        if torch.version.cuda is None:
+            self.reason = f"torch {torch.__version__} was built without CUDA"
+        elif self.nvcc is None:
+            self.reason = "no nvcc found (CUDA_HOME or the path)"
+        else:
+            self.top, self.release = toolkit(self.nvcc)
+            if self.release.split(".")[0] != torch.version.cuda.split(".")[0]:
+                self.reason = f"nvcc is of CUDA {self.release}, torch {torch.__version__} of {torch.version.cuda}"
+        if self.reason is not None:
+            return
+        self.architectures = architectures(torch)
+
+    @property
+    def about(self) -> str:
+        """For ``manifold-kernels info``."""
+        return f"none: {self.reason}" if self.reason else f"nvcc {self.release}, {', '.join(self.architectures)}"
+
+    def flags(self) -> list[str]:
+        """Those of nvcc."""
+        targets = []
+        for number, ptx in ((name.partition("+")[0].replace(".", ""), "+" in name) for name in self.architectures):
+            targets.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if ptx:
+                targets.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return [*NVCC_FLAGS, *targets, f"-I{ROOT / 'csrc'}"]
+
+    def libraries(self) -> list[str]:
+        """What the extension is linked with. torch has loaded its own cudart before the extension asks for one."""
+        return [*(f"-L{self.top / name}" for name in ("lib64", "lib")), "-ltorch_cuda", "-lc10_cuda", "-lcudart"]
+
+
+def architectures(torch: ModuleType) -> list[str]:
+    """The compute capabilities to compile for, ``"9.0"`` or ``"9.0+PTX"``."""
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    default = ";".join(f"{major}.{minor}" for major, minor in sorted(here)) or ARCHITECTURES
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    names = re.split(r"[;,\s]+", wanted.strip(";, "))
+    for name in names:
+        known = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", name)
+        if known is None or float(known[1]) < 7.5:
+            raise SetupError(
+                f"TORCH_CUDA_ARCH_LIST: wanted compute capabilities from 7.5 on, as in '8.0;9.0+PTX', got {wanted!r}."
+            )
+    return names
 
 
 class BuildPython(build_py):
@@ -118,7 +204,9 @@ class BuildKernels(build_ext):
 
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        build = ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = (
+            ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
+        )
         build.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         self.describe(Writer(text), library, torch, cpp_extension)
@@ -141,6 +229,8 @@ class BuildKernels(build_ext):
         assert compiler is not None  # else there is no extension to build
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
         python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+        cuda = Cuda(torch)
+        print(f"manifold_kernels: CUDA kernels: {cuda.about}.", file=sys.stderr, flush=True)
         flags = [
             *FLAGS,
             f"-I{ROOT / 'csrc'}",
@@ -155,26 +245,42 @@ class BuildKernels(build_ext):
         link = [
             *(f"-L{path}" for path in cpp_extension.library_paths()),
             *("-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"),
+            *([] if cuda.reason else cuda.libraries()),
             *map(str, gomp),
             "-fopenmp",
             *shlex.split(os.environ.get("LDFLAGS", "")),
         ]
 
         ninja.rule("compile", "$cxx $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("nvcc", "$nvcc $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", "$cxx -shared $in $flags -o $out")
         ninja.variable("cxx", quoted(compiler))
-        objects = []
+        objects: list[tuple[Path, Path, list[str]]] = []
+        kernels: list[tuple[Path, Path, list[str]]] = []
+        host = list(flags)
+        if cuda.reason is None:
+            host += [f'-DMK_BUILD_CUDA="{cuda.about}"', f"-isystem{cuda.top / 'include'}"]
+            ninja.variable("nvcc", quoted([str(cuda.nvcc)]))
+            for source in map(Path, CUDA_SOURCES):
+                if source.suffix == ".cu":
+                    kernels.append((source.with_suffix(".cu.o"), source, cuda.flags()))
+                else:
+                    objects.append((source.with_suffix(".o"), source, [*host, *extra]))
         for source in map(Path, SOURCES):
             if source.parent != Path("csrc/cpu/isa"):
-                objects.append((source.with_suffix(".o"), source, [*flags, *extra]))
+                objects.append((source.with_suffix(".o"), source, [*host, *extra]))
         for name, instructions in INSTRUCTION_SETS[platform.machine()].items():
             for source in map(Path, SOURCES):
                 if source.parent == Path("csrc/cpu/isa"):
                     here = [*flags, f"-DMK_ISA={name}", *instructions, *extra]
                     objects.append((source.parent / name / f"{source.stem}.o", source, here))
+        for path, source, arguments in kernels:
+            ninja.build(str(path), "nvcc", str(ROOT / source), variables={"flags": quoted(arguments)})
         for path, source, arguments in reversed(objects):  # the widest instruction set takes longest
             ninja.build(str(path), "compile", str(ROOT / source), variables={"flags": quoted(arguments)})
-        ninja.build(str(library), "link", [str(path) for path, _, _ in objects], variables={"flags": quoted(link)})
+        ninja.build(
+            str(library), "link", [str(path) for path, _, _ in (*objects, *kernels)], variables={"flags": quoted(link)}
+        )
 
 
 def quoted(arguments: list[str]) -> str:
@@ -182,7 +288,10 @@ def quoted(arguments: list[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+SOURCES = sorted(
+    str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp") if path.parent != ROOT / "csrc" / "cuda"
+)
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*") if path.suffix != ".cuh")
 PURE_PYTHON = reason_for_pure_python()
 
 setup(

@@ -10,72 +10,13 @@
 #include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/driver.h"
 #include "cpu/geometry.h"
 #include "cpu/library.h"
 
 namespace mk {
 namespace {
-
-// plan.py, GROUP_COLUMNS
-struct GroupRow {
-  int64_t parameter, hyper, rule, manifold, retraction, view, out_dim, channel_groups, rows, individual, step_size,
-      first, count, listed, scale, scale_stride;
-};
-constexpr int64_t group_columns = sizeof(GroupRow) / sizeof(int64_t);
-constexpr int64_t hyper_columns = sizeof(Hyper) / sizeof(double);
-
-Storage storage_of(const at::Tensor& weight) {
-  switch (weight.scalar_type()) {
-    case at::kFloat:
-      return Storage::float32;
-    case at::kDouble:
-      return Storage::float64;
-    case at::kBFloat16:
-      return Storage::bfloat16;
-    case at::kHalf:
-      return Storage::float16;
-    default:
-      TORCH_CHECK_TYPE(false, "params: wanted float32, float64, bfloat16 or float16, got ", weight.scalar_type(), ".");
-  }
-}
-
-void check_table(const at::Tensor& table, const char* name, at::ScalarType dtype, int64_t columns) {
-  TORCH_CHECK_VALUE(table.device().is_cpu() && table.scalar_type() == dtype && table.is_contiguous(), name,
-                    ": wanted a contiguous CPU tensor of ", dtype, ", got ", table.toString(), ".");
-  TORCH_CHECK_VALUE(columns == 0 || (table.dim() == 2 && table.size(1) == columns), name, ": wanted shape (*, ",
-                    columns, "), got ", table.sizes(), ".");
-}
-
-void check_parameter(int64_t i, const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& momentum) {
-  TORCH_CHECK_VALUE(weight.device().is_cpu() && weight.layout() == at::kStrided, "params[", i,
-                    "]: wanted a strided CPU tensor, got ", weight.toString(), ".");
-  storage_of(weight);
-  TORCH_CHECK_VALUE(grad.layout() == at::kStrided && grad.device().is_cpu(), "grads[", i,
-                    "]: wanted a strided CPU tensor, got ", grad.toString(), ".");
-  TORCH_CHECK_VALUE(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type(), "grads[", i,
-                    "]: wanted ", weight.sizes(), " ", weight.scalar_type(), ", got ", grad.sizes(), " ",
-                    grad.scalar_type(), ".");
-  if (momentum.numel() == 0) return;
-  TORCH_CHECK_VALUE(momentum.device().is_cpu() && momentum.sizes() == weight.sizes() &&
-                        momentum.scalar_type() == weight.scalar_type() && momentum.strides() == weight.strides(),
-                    "momenta[", i, "]: wanted the shape, strides and dtype of the weight, ", weight.sizes(), " ",
-                    weight.strides(), " ", weight.scalar_type(), ", got ", momentum.sizes(), " ", momentum.strides(),
-                    " ", momentum.scalar_type(), ".");
-}
-
-void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hypers, int64_t listed, int64_t scales) {
-  const auto in = [](int64_t x, int64_t end) { return 0 <= x && x < end; };
-  TORCH_CHECK_VALUE(in(row.parameter, parameters) && in(row.hyper, hypers) && in(row.rule, 4) && in(row.manifold, 6) &&
-                        in(row.retraction, 6) && in(row.view, 4) && in(row.out_dim, 2),
-                    "groups: row ", r, " has a number out of range.");
-  TORCH_CHECK_VALUE(row.first >= 0 && row.count >= 0 && (!row.listed || row.first <= listed - row.count),
-                    "groups: row ", r, " lists components [", row.first, ", ", row.first, " + ", row.count, ") of ",
-                    listed, ".");
-  const int64_t last_scale = row.scale_stride ? row.scale + row.count - 1 : row.scale;
-  TORCH_CHECK_VALUE(row.scale >= 0 && last_scale < scales && in(row.scale_stride, 2), "groups: row ", r,
-                    " has a scale out of range.");
-}
 
 // One of AMP's numbers, or `otherwise` where it is not given.
 double number_of(const std::optional<at::Tensor>& tensor, const char* name, double otherwise) {
@@ -143,7 +84,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   for (int64_t i = 0; i < count; i++) {
     const std::optional<at::Tensor> given = grads.get(i);
     if (!given.has_value() || !given->defined()) continue;
-    check_parameter(i, params[i], *given, momenta[i]);
+    check_parameter(i, params[i], *given, momenta[i], at::kCPU);
     stepped[i] = true;
     // A lazy negation: torch's fallback does not look into lists of optional tensors.
     if (params[i].numel() > 0) grad[i] = given->is_neg() ? given->resolve_neg() : *given;
@@ -174,11 +115,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
       if (!transposed[i]) transposed[i] = std::make_unique<Parameter>(weight, grad[i], layout, true);
       parameter = transposed[i].get();
     }
-    if (job.manifold == ManifoldCode::stiefel && parameter->geometry.p == 1 && job.retraction != Retraction::cayley) {
-      // A single orthonormal column is a point of the sphere, where QR and polar both normalise.
-      job.manifold = ManifoldCode::sphere;
-      if (job.retraction != Retraction::exp) job.retraction = Retraction::projection;
-    }
+    simplify(job.manifold, job.retraction, parameter->geometry);
     TORCH_CHECK_VALUE(row.listed || row.first <= parameter->geometry.count - row.count, "groups: row ", r,
                       " ends beyond the last component of params[", i, "].");
     job.weight = weight.data_ptr();
@@ -252,6 +189,9 @@ pybind11::dict build_info() {
   info["compiler"] = MK_BUILD_COMPILER;
   info["torch"] = MK_BUILD_TORCH;
   info["instruction_set"] = instruction_set();
+#ifdef MK_BUILD_CUDA
+  info["cuda"] = MK_BUILD_CUDA;  // the toolkit's version, where csrc/cuda is compiled in
+#endif
   return info;
 }
 

@@ -119,6 +119,15 @@ def extension_error() -> str | None:
     return None
 
 
+def cuda_error() -> str | None:
+    """Why the CUDA kernels cannot be used, or ``None`` where they are compiled in and a GPU is there."""
+    if (error := extension_error()) is not None:
+        return error
+    if "cuda" not in importlib.import_module("manifold_kernels._C").build_info():
+        return "the compiled kernels were built without CUDA"
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
 @lru_cache(maxsize=1)
 def _warn_reference() -> None:
     warnings.warn(
@@ -131,15 +140,21 @@ def _warn_reference() -> None:
 
 def backends() -> dict[str, str | None]:
     """Every backend, with the reason why it cannot be used here (``None``: it can)."""
-    return {"triton": support.missing(torch.cuda.is_available()), "cpu": extension_error(), "reference": None}
+    return {
+        "cuda": cuda_error(),
+        "triton": support.missing(torch.cuda.is_available()),
+        "cpu": extension_error(),
+        "reference": None,
+    }
 
 
 def automatic(device_type: str) -> str:
     """The backend that ``"auto"`` means: ``MANIFOLD_KERNELS_BACKEND``, or the fastest one for parameters there."""
     if (chosen := os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto")) != "auto":
         return chosen
-    fastest = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
-    return "reference" if backends()[fastest] is not None else fastest
+    known = backends()
+    fastest = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device_type, ())
+    return next((name for name in fastest if known[name] is None), "reference")
 
 
 def in_graphs(step: Step) -> Step:
@@ -175,7 +190,8 @@ def resolve(backend: str, device: torch.device) -> Step:
         from manifold_kernels.triton.launch import step_ as triton_step
 
         return triton_step
-    if device.type != "cpu":
-        raise ValueError(f"backend: {backend!r} needs parameters on the CPU, got {device}. Use backend='reference'.")
+    if device.type != backend:  # "cpu" or "cuda"
+        where = {"cpu": "the CPU", "cuda": "a GPU"}[backend]
+        raise ValueError(f"backend: {backend!r} needs parameters on {where}, got {device}. Use backend='auto'.")
     step: Step = torch.ops.manifold_kernels.step_.default
     return step

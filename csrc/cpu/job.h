@@ -33,7 +33,7 @@ struct Geometry {
   int batch_dims, row_dims, dims;
   int64_t size[max_dims], weight_stride[max_dims], grad_stride[max_dims];  // batch dimensions first
   int64_t count, n, p;
-  int64_t elements() const { return n * p; }
+  constexpr int64_t elements() const { return n * p; }
   // One component's elements without gaps, weight and gradient in the same order: it can be walked with stride 1.
   bool dense;
   // The same for one column (n elements), of which column j starts at j times the column strides.

@@ -4,15 +4,18 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_matrix_exp.h>
+#include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_solve.h>
+#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -34,10 +37,10 @@ at::Tensor batch_of(const Geometry& g, const at::Tensor& tensor, const int64_t* 
   return strided(g, tensor, stride).reshape({g.count, g.n, g.p});
 }
 
-at::Tensor members(const Job& job) {
+at::Tensor members(const Job& job, at::Device device) {
   const auto options = at::TensorOptions().dtype(at::kLong);
-  if (!job.listed) return at::arange(job.first, job.first + job.count, options);
-  return at::from_blob(const_cast<int64_t*>(job.listed), {job.count}, options);
+  if (!job.listed) return at::arange(job.first, job.first + job.count, options.device(device));
+  return at::from_blob(const_cast<int64_t*>(job.listed), {job.count}, options).to(device);
 }
 
 // The components `which` of tensor become `batch`.
@@ -73,6 +76,18 @@ at::Tensor polar_factor(const at::Tensor& Y) {
   return nearer(Z, I - Z.mT().matmul(Z));
 }
 
+// qf(Q + V), on a GPU; on the CPU matrices.h has it. A Gram matrix of condition <= 1 + ||V||^2 makes a Cholesky factor
+// as accurate as rotations as long as the step is short; longer steps take LAPACK's Householder reflections.
+at::Tensor qf(const at::Tensor& Y, double longest) {
+  if (longest <= 3) {
+    const auto [L, info] = at::linalg_cholesky_ex(Y.mT().matmul(Y));
+    if (info.eq(0).all().item<bool>()) return at::linalg_solve_triangular(L.mT(), Y, /*upper=*/true, /*left=*/false);
+  }
+  const auto [Q, R] = at::linalg_qr(Y);
+  const at::Tensor diagonal = R.diagonal(0, -2, -1);
+  return Q * at::where(diagonal < 0, -at::ones_like(diagonal), at::ones_like(diagonal)).unsqueeze(-2);
+}
+
 // The formulas of manifolds/stiefel.h on batches.
 at::Tensor turn_of(const at::Tensor& Q, const at::Tensor& V) {
   const at::Tensor A = Q.mT().matmul(V);
@@ -105,7 +120,7 @@ at::Tensor exponential(const at::Tensor& Q, const at::Tensor& V) {
 int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, at::Tensor momentum) {
   const Geometry& g = *job.geometry;
   const auto arithmetic = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor which = members(job);
+  const at::Tensor which = members(job, weight.device());
   const auto take = [&](const at::Tensor& tensor, const int64_t* stride) {
     return batch_of(g, tensor, stride).index_select(0, which).to(arithmetic);
   };
@@ -136,6 +151,7 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
 
   const at::Tensor scales = at::from_blob(const_cast<double*>(job.scales), {job.scale_stride ? job.count : 1},
                                           at::TensorOptions().dtype(at::kDouble))
+                                .to(weight.device())
                                 .expand({job.count});
   const at::Tensor s = scales.to(arithmetic).view({-1, 1, 1});
   const at::Tensor Q = at::where(placed.view({-1, 1, 1}), W / s, at::eye(g.n, g.p, W.options()));
@@ -147,14 +163,14 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
   const at::Tensor squares = (norm * safe).square();
   at::Tensor factor;
   if (job.individual) {
-    factor = at::empty_like(squares);
-    for (int64_t k = 0; k < job.count; k++)
-      factor.data_ptr<double>()[k] = step_size(squares.const_data_ptr<double>()[k]);
+    const at::Tensor here = squares.cpu().clone();
+    for (int64_t k = 0; k < job.count; k++) here.data_ptr<double>()[k] = step_size(here.const_data_ptr<double>()[k]);
+    factor = here.to(weight.device());
   } else {
     factor = at::full_like(squares, step_size(squares.sum().item<double>()));
   }
   if (job.norms) {
-    const at::Tensor norms = at::where(usable, norm * safe, at::full_like(norm, std::nan("")));
+    const at::Tensor norms = at::where(usable, norm * safe, at::full_like(norm, std::nan(""))).cpu();
     if (job.individual) {
       std::copy_n(norms.const_data_ptr<double>(), job.count, job.norms);
     } else {
@@ -174,6 +190,9 @@ int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, 
       break;
     case Retraction::exp:
       next = exponential(Q, V);
+      break;
+    case Retraction::qr:
+      next = qf(Q + V, (stretch * norm).max().item<double>());
       break;
     default:
       next = polar_factor(Q + V);

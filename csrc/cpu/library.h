@@ -7,7 +7,8 @@
 
 namespace mk {
 
-// The FG-SGD step of a job over `weight`; momentum may be undefined. Returns the components left as they are.
+// The FG-SGD step of a job over `weight`, on any device; momentum may be undefined. Returns the components left as they
+// are. The job's own pointers are not read, but for its list of components, its scales and norms, which lie on the CPU.
 int64_t library_step(const Job& job, at::Tensor weight, const at::Tensor& grad, at::Tensor momentum);
 
 }  // namespace mk

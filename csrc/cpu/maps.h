@@ -1,4 +1,5 @@
-// Manifolds with a retraction, in the one form that lanes.h calls.
+// Manifolds with a retraction, in the one form that kernels for small matrices call, here and in csrc/cuda. Every
+// function is inlined wherever it is called, whatever the instruction set.
 #pragma once
 
 #include <type_traits>
@@ -10,8 +11,6 @@
 #include "manifolds/turn.h"
 
 namespace mk {
-namespace MK_ISA {
-namespace {
 
 // A manifold with a retraction. In general, project(q, d, tangent, size) -> ||xi||^2 and retract(q, tangent, step,
 // square, size): q <- R_q(step xi), at unit scale, with at most n p numbers in `tangent`.
@@ -109,6 +108,4 @@ struct StiefelMap : ByTangent {
   }
 };
 
-}  // namespace
-}  // namespace MK_ISA
 }  // namespace mk

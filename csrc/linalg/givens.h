@@ -11,7 +11,7 @@ namespace mk {
 template <class T>
 struct Rotation {
   T c, s;
-  MK_FN Rotation() = default;
+  Rotation() = default;
   MK_FN Rotation(T a, T b) {
     const T square = fma(a, a, b * b);
     const auto zero = square < T(Limits<Real<T>>::tiny_square);

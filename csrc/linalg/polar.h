@@ -48,7 +48,7 @@ MK_FN void come_nearer(T* Z, const T* D, Which which, Size size) {
 // Q <- the polar factor of Y in the lanes of `which`, by rotations, whose rounding errors a last iteration takes away;
 // where Y is not finite (steps so long that a double cannot hold their square) Q stays.
 template <class T, class Which>
-__attribute__((noinline)) void rotate_to_polar(const T* Y, T* Q, Dynamic size, Which which) {
+MK_RARE void rotate_to_polar(const T* Y, T* Q, Dynamic size, Which which) {
   const int count = size.n * size.p;
   T from[Dynamic::capacity], U[Dynamic::capacity], D[Dynamic::square_capacity];
   const auto finite = square_norm(Y, count) < T(Limits<Real<T>>::huge_square);

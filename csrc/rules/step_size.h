@@ -14,8 +14,11 @@ struct StepSize {
   // by factor, tau = max(1, R max(2 rho + R, sqrt(1 + c (rho + R)))), so that R^4 cannot overflow.
   template <class T>
   MK_FN T operator()(T square) const {
+    return bounded ? of_norm(sqrt(square)) : T(lr);
+  }
+  template <class T>
+  MK_FN T of_norm(T norm) const {
     if (!bounded) return T(lr);
-    const T norm = sqrt(square);
     T factor = norm + T(R(2) * rho);
     if (curvature != R(0)) factor = max(factor, sqrt(max(T(0), fma(norm + T(rho), T(curvature), T(1)))));
     return T(lr) / max(T(1), norm * factor);

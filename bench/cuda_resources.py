@@ -1,0 +1,213 @@
+"""The CUDA kernels compiled for GPUs that are not there, and what the binaries say: registers, spills, widths of loads.
+
+nvcc compiles every ``csrc/cuda/*.cu`` with the flags of setup.py, into ``build/cubins``, again only where a source has
+changed; its assembler reports registers and spills, and Triton's package brings the disassembler for the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+_MANIFOLDS = ("euclidean", "sphere", "oblique", "stiefel")
+_RETRACTIONS = ("", "projection", "qr", "polar", "cayley", "exp")
+_PASSES = ("measure", "step")
+
+#: Asks the headers for the threads and the dynamic shared memory of a block with matrices of e elements.
+_PROBE = """
+#include <cstdio>
+#include "cuda/small.cuh"
+int main() {
+  using namespace mk::cuda;
+  std::printf("0 %d 0 0\\n", block_threads);
+  for (int e = 1; e <= 64; e++)
+    std::printf("%d %d %zu %zu\\n", e, small_threads(e), small_shared<float>(e), small_shared<double>(e));
+}
+"""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes; bytes where it is memory.
+
+    ``name`` is that of ``csrc/cuda/kernels.h``, without the manifold's retraction where it is none; ``elements`` those
+    of a thread's matrix, 0 where threads share one. ``shared`` has the dynamic part, which for the kernels of matrices
+    in shared memory depends on the matrices and is left out. ``loads`` and ``stores`` count instructions by their bits.
+    """
+
+    name: str
+    architecture: str
+    wide: bool
+    elements: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    threads: int
+    instructions: int
+    arithmetic: int
+    loads: Counter[int]
+    stores: Counter[int]
+
+    def share(self) -> float:
+        """The share of the 16-byte ones in the bytes of all global loads and stores, each instruction counted once.
+
+        Reads of tables and the paths of unaligned tensors and of tails are among them, none of which a contiguous
+        tensor takes for more than a few of its elements.
+        """
+        both = self.loads + self.stores
+        return 128 * both[128] / max(sum(bits * count for bits, count in both.items()), 1)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled or read here, or ``None``."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is not installed"
+    if find_spec("triton") is None:
+        return "triton, which brings cuobjdump, is not installed"
+    return None if shutil.which("c++filt") else "c++filt (binutils) is not installed"
+
+
+def resources(architecture: str) -> list[Resources]:
+    """Compile every kernel for ``architecture``, as in ``"sm_90"``, and read what it takes."""
+    folder = ROOT / "build" / "cubins" / architecture
+    _compile(architecture, folder)
+    return sorted((one for cubin in sorted(folder.glob("*.cubin")) for one in _read(cubin)), key=lambda one: one.name)
+
+
+def _flags() -> list[str]:
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_FLAGS":
+            assert isinstance(node.value, ast.Call)
+            return shlex.split(ast.literal_eval(node.value.args[0]))
+    raise LookupError("setup.py: wanted NVCC_FLAGS, got none.")
+
+
+def _compile(architecture: str, folder: Path) -> None:
+    import ninja
+    from ninja.ninja_syntax import Writer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = shlex.join([*_flags(), f"-I{ROOT / 'csrc'}", f"-arch={architecture}"])
+    with (folder / "build.ninja").open("w") as file:
+        writer = Writer(file, width=10**6)
+        command = f"nvcc -cubin -Xptxas=-v {flags} -MD -MF $out.d $in -o $out 2> $out.log || (cat $out.log; false)"
+        writer.rule("nvcc", command, depfile="$out.d", deps="gcc")
+        for source in sorted(CUDA.glob("*.cu")):
+            writer.build(str(folder / f"{source.stem}.cubin"), "nvcc", str(source))
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    done = subprocess.run(
+        [str(Path(ninja.BIN_DIR) / "ninja"), "-j", jobs, "-C", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed for {architecture}:\n{done.stdout[-8000:]}")
+
+
+@lru_cache(maxsize=1)
+def _blocks() -> dict[int, tuple[int, int, int]]:
+    """Threads and dynamic shared memory (float, double) of a block, by the elements of a thread's matrix."""
+    folder = ROOT / "build" / "cubins"
+    source, program = folder / "probe.cu", folder / "probe"
+    source.write_text(_PROBE)
+    subprocess.run(["nvcc", *_flags(), f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [tuple(map(int, line.split())) for line in lines]
+    return {elements: (threads, narrow, wide) for elements, threads, narrow, wide in rows}
+
+
+def _read(cubin: Path) -> list[Resources]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    code = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    log = Path(f"{cubin}.log").read_text()
+    reports = {
+        name: text
+        for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL)
+    }
+    listings = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
+    assert reports and reports.keys() <= listings.keys(), (cubin, reports.keys() - listings.keys())
+    plain = subprocess.run(["c++filt"], input="\n".join(reports), capture_output=True, text=True, check=True).stdout
+    return [
+        _of(readable, cubin.parent.name, reports[name], listings[name])
+        for name, readable in zip(reports, plain.splitlines(), strict=True)
+    ]
+
+
+def _of(signature: str, architecture: str, report: str, listing: str) -> Resources:
+    name, wide, elements = _name(signature)
+    threads, *dynamic = _blocks()[elements]
+    # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
+    numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing, re.MULTILINE)
+    opcodes = [opcode for opcode in opcodes if opcode not in ("NOP", "BRA.DIV")]
+    return Resources(
+        name,
+        architecture,
+        wide,
+        elements,
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", report)),
+        spills=sum(numbers["spill stores"]) + sum(numbers["spill loads"]),
+        stack=max(numbers["stack frame"]),
+        shared=max(numbers["smem"], default=0) + dynamic[wide],
+        threads=threads,
+        instructions=len(opcodes),
+        arithmetic=sum(opcode.startswith(_ARITHMETIC) for opcode in opcodes),
+        loads=_widths(opcodes, "LD"),
+        stores=_widths(opcodes, "ST"),
+    )
+
+
+_MEMORY = ("stack frame", "spill stores", "spill loads", "smem")
+_ARITHMETIC = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "MUFU", "DADD", "DMUL", "DFMA", "DSETP", "F2F")
+
+
+def _widths(opcodes: list[str], kind: str) -> Counter[int]:
+    """How many load or store how many bits of global memory; addresses out of tables are generic, without the G."""
+    modifiers = [match[1] for opcode in opcodes if (match := re.fullmatch(rf"{kind}G?\.E(.*)", opcode))]
+    return Counter(_bits(text) for text in modifiers)
+
+
+def _bits(modifiers: str) -> int:
+    small = {".U8": 8, ".S8": 8, ".U16": 16, ".S16": 16}
+    wide = (bits for bits in (256, 128, 64) if f".{bits}" in modifiers)
+    return next(wide, next((bits for text, bits in small.items() if text in modifiers), 32))
+
+
+def _name(signature: str) -> tuple[str, bool, int]:
+    """The kernel's name, whether it computes in double, and the elements of a thread's matrix."""
+    engine = re.findall(r"mk::cuda::(?:\(anonymous namespace\)::)?(\w+)", signature)[0]
+    if engine == "advance":
+        return engine, False, 0
+    wide = "<double" in signature
+    parts, elements = [engine], 0
+    if engine == "small":
+        parts.append(next(name for name in _MANIFOLDS if f"{name.capitalize()}Map" in signature))
+        n, p = map(int, re.findall(r", (\d+), (\d+), ", signature)[0])
+        retraction = re.findall(r"\(mk::Retraction\)(\d)", signature)
+        step = "(mk::cuda::Pass)1" in signature
+        exponential = "Map<true>" in signature
+        if step:
+            parts.append(_RETRACTIONS[int(retraction[0])] if retraction else "exp" if exponential else "projection")
+        parts.append(f"{n}x{p}")
+        elements = n * p
+    parts += re.findall(r"Team<(\d+)>", signature)[:1]
+    parts += (
+        ["double" if wide else "float", _PASSES[int(re.findall(r"\(mk::cuda::Pass\)(\d)", signature)[0])]]
+        if ("(mk::cuda::Pass)" in signature)
+        else ["double" if wide else "float", "step"]
+    )
+    return " ".join(parts), wide, elements

@@ -1,0 +1,116 @@
+"""The CUDA backend on CPU tensors: the sources of ``csrc/cuda``, compiled as host C++ with one fiber for each thread.
+
+``step_`` is the operator, launch planning included; ``build`` compiles it, once for every state of the sources, into
+``build/emulated``. ``emulated/emulator.h`` says what such a run shows and what it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import ninja
+import torch
+from ninja.ninja_syntax import Writer
+from torch import Tensor
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATOR = ROOT / "tests" / "emulated"
+CUDA = ROOT / "csrc" / "cuda"
+#: What the backend has in common with the CPU's.
+SHARED = ("arguments.cpp", "cpu/geometry.cpp", "cpu/library.cpp")
+
+#: Sanitizers by name: flags of all sources, and those of the emulator, which tells ThreadSanitizer what orders what.
+SANITIZERS: dict[str, tuple[str, str]] = {
+    "none": ("", ""),
+    # vptr: torch's own classes carry no type information that would fit.
+    "address": ("-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -g1",) * 2,
+    "thread": ("-fsanitize=thread -g1", ""),
+}
+
+FLAGS = (
+    "-std=c++20 -O1 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
+    "-Wno-maybe-uninitialized -DMK_EMULATED"
+) + (" -mfma" if platform.machine() == "x86_64" else "")
+
+
+def compiler() -> str:
+    """The command of the C++ compiler."""
+    return os.environ.get("CXX") or "c++"
+
+
+def sources() -> list[Path]:
+    """Everything that is compiled: kernels, the host's side of the backend, and the emulator."""
+    host = [path for path in sorted(CUDA.glob("*.cpp")) if path.name not in ("context.cpp", "register.cpp")]
+    emulator = [EMULATOR / name for name in ("context.cpp", "emulator.cpp", "operators.cpp")]
+    return [*sorted(CUDA.glob("*.cu")), *host, *(ROOT / "csrc" / name for name in SHARED), *emulator]
+
+
+def build(sanitizer: str = "none") -> Path:
+    """The library with the emulated operators; compiled where a source or a flag has changed since the last time."""
+    everywhere, emulator = SANITIZERS[sanitizer]
+    folder = ROOT / "build" / "emulated" / sanitizer
+    folder.mkdir(parents=True, exist_ok=True)
+    include = " ".join(
+        [f"-I{ROOT / 'csrc'} -I{EMULATOR}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    )
+    torch_library = Path(torch.__file__).parent / "lib"
+    link = f"-shared -L{torch_library} -Wl,-rpath,{torch_library} -ltorch -ltorch_cpu -lc10 -fopenmp {everywhere}"
+    library = folder / "emulated.so"
+    with (folder / "build.ninja").open("w") as file:
+        writer = Writer(file, width=10**6)
+        writer.rule("compile", f"{compiler()} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        writer.rule("link", f"{compiler()} $in {link} -o $out")
+        objects = []
+        for source in sources():
+            own = emulator if source.name == "emulator.cpp" else everywhere
+            # The emulator runs at every barrier.
+            faster = "-O2" if source.name == "emulator.cpp" else ""
+            flags = f"{FLAGS} {faster} {own} {include}" + (" -x c++" if source.suffix == ".cu" else "")
+            objects.append(str(folder / f"{source.stem}_{hashlib.sha1(str(source).encode()).hexdigest()[:6]}.o"))
+            writer.build(objects[-1], "compile", str(source), variables={"flags": flags})
+        writer.build(str(library), "link", objects)
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", jobs, "-C", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}:\n{done.stdout[-8000:]}{done.stderr[-4000:]}")
+    return library
+
+
+@lru_cache(maxsize=1)
+def load() -> None:
+    """Build the operators, unless ``MANIFOLD_KERNELS_EMULATED`` names a library with them, and load them."""
+    torch.ops.load_library(os.environ.get("MANIFOLD_KERNELS_EMULATED") or str(build()))
+
+
+def missing() -> str | None:
+    """Why nothing can be built here, or ``None``."""
+    return None if shutil.which(shlex.split(compiler())[0]) else f"{compiler()} is not installed"
+
+
+def step_(*arguments: Sequence[Tensor] | Tensor | None) -> None:
+    """The operator of ``ops.py``, with the gradient's scale and the flag of an overflow at its end."""
+    load()
+    torch.ops.manifold_kernels_emulated.step_(*arguments)
+
+
+def set_schedule(seed: int) -> None:
+    """Run blocks and threads in an order drawn from ``seed``; 0: one after the other."""
+    load()
+    torch.ops.manifold_kernels_emulated.set_schedule(seed)
+
+
+def launched() -> list[int]:
+    """The blocks of each launch since the last time that this was asked."""
+    load()
+    blocks: list[int] = torch.ops.manifold_kernels_emulated.launched()
+    return blocks

@@ -1,0 +1,114 @@
+// Kernels with one bug each, and the same without it: what the emulator and the sanitizers are to find. The first
+// argument names the kernel, the second the schedule.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/device.cuh"
+
+namespace {
+
+struct Data {
+  float* in;
+  float* out;
+  int count;
+};
+
+void none(Data d) {
+  __shared__ float tile[64];
+  tile[threadIdx.x] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = tile[63 - threadIdx.x];
+}
+
+void missing_barrier(Data d) {
+  __shared__ float tile[64];
+  tile[threadIdx.x] = d.in[threadIdx.x];
+  d.out[threadIdx.x] = tile[63 - threadIdx.x];
+}
+
+// A shuffle brings lanes together; it does not order their memory.
+void missing_warp_barrier(Data d) {
+  __shared__ float tile[64];
+  tile[threadIdx.x] = d.in[threadIdx.x];
+  const float first = __shfl_sync(~0u, d.in[threadIdx.x], 0);
+  d.out[threadIdx.x] = first + tile[threadIdx.x ^ 1];
+}
+
+void divergent_barrier(Data d) {
+  if (threadIdx.x < 16) {
+    __syncthreads();
+  } else {
+    d.out[threadIdx.x] = __shfl_sync(~0u, d.in[threadIdx.x], 0);
+  }
+}
+
+void divergent_shuffle(Data d) {
+  if (int(threadIdx.x) >= d.count) return;
+  d.out[threadIdx.x] = d.in[threadIdx.x] + __shfl_xor_sync(~0u, d.in[threadIdx.x], 1);
+}
+
+void shuffle_outside_of_its_mask(Data d) {
+  if (threadIdx.x % 32 < 8) d.out[threadIdx.x] = __shfl_sync(0xffu, d.in[threadIdx.x], 12);
+}
+
+void static_shared_beyond_its_end(Data d) {
+  __shared__ float tile[64];
+  tile[threadIdx.x + 1] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = tile[threadIdx.x];
+}
+
+void dynamic_shared_beyond_its_end(Data d) {
+  MK_SHARED(float, tile);
+  tile[threadIdx.x + 1] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = tile[threadIdx.x];
+}
+
+void global_beyond_its_end(Data d) { d.out[threadIdx.x + 1] = d.in[threadIdx.x]; }
+
+void uninitialised_shared(Data d) {
+  MK_SHARED(float, tile);
+  d.out[threadIdx.x] = tile[threadIdx.x];
+}
+
+const std::map<std::string, void (*)(Data)> kernels = {
+    {"none", none},
+    {"missing_barrier", missing_barrier},
+    {"missing_warp_barrier", missing_warp_barrier},
+    {"divergent_barrier", divergent_barrier},
+    {"divergent_shuffle", divergent_shuffle},
+    {"shuffle_outside_of_its_mask", shuffle_outside_of_its_mask},
+    {"static_shared_beyond_its_end", static_shared_beyond_its_end},
+    {"dynamic_shared_beyond_its_end", dynamic_shared_beyond_its_end},
+    {"global_beyond_its_end", global_beyond_its_end},
+    {"uninitialised_shared", uninitialised_shared},
+};
+
+struct Call {
+  void (*kernel)(Data);
+  Data data;
+};
+
+}  // namespace
+
+// Prints the sum of what the kernel has written, 2016 for 0 + 1 + ... + 63.
+int main(int count, char** arguments) {
+  if (count != 3) return 2;
+  emulator::set_schedule(unsigned(std::atoi(arguments[2])));
+  std::vector<float> in(64), out(64);
+  for (int i = 0; i < 64; i++) in[size_t(i)] = float(i);
+  Call call{kernels.at(arguments[1]), {in.data(), out.data(), 20}};
+  const auto body = [](void* given) {
+    const Call& c = *static_cast<Call*>(given);
+    c.kernel(c.data);
+  };
+  emulator::launch(1, 64, 64 * sizeof(float), body, &call);
+  float sum = 0;
+  for (const float x : out) sum += x;
+  std::printf("%g\n", double(sum));
+}

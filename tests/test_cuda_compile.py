@@ -1,0 +1,81 @@
+"""What the CUDA kernels take on GPUs that are not there: ceilings of registers and spills, and loads of 16 bytes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+cuda = importlib.import_module("cuda_resources")
+
+if (reason := cuda.missing()) is not None:
+    if os.environ.get("MANIFOLD_KERNELS_CI"):
+        raise RuntimeError(f"the CUDA kernels must be compiled here, but {reason}")
+    pytest.skip(f"the CUDA kernels cannot be compiled: {reason}", allow_module_level=True)
+
+#: Kernels by pattern, the first that fits counts: the most registers of a thread and the most bytes spilled.
+#: A thread cannot have more than 255; up to 64, 80 and 128 a multiprocessor holds 1024, 768 and 512 threads.
+CEILINGS: list[tuple[str, int, int]] = [
+    (r"small stiefel qr (2x2|3x2|3x3) float step", 64, 0),
+    (r"small (sphere|oblique) (projection|exp) (2x2|3x3) float step", 64, 0),
+    (r"small .*float measure", 255, 0),
+    (r"small .*float step", 255, 0),
+    (r"small stiefel .*double", 255, 0),
+    # Two times 49 doubles, W and the direction, are 196 registers.
+    (r"small .*7x7 double", 255, 2400),
+    (r"small .*double", 255, 0),
+    (r"elements .*", 80, 0),
+    (r"advance", 32, 0),
+    # The compiler keeps three blocks of the first pass on a multiprocessor and pays with a few numbers.
+    (r"vectors .*double measure", 128, 128),
+    (r"(vectors|scale_invariant|grassmann|matrices) .*", 128, 0),
+]
+
+#: Kernels of contiguous tensors. For each of three types in float, and for double, they load W, gradient and momentum
+#: 16 bytes at a time, and store momentum, and in the step W.
+FAST = re.compile("elements|small|vectors")
+
+
+def check(architecture: str) -> None:
+    found = cuda.resources(architecture)
+    assert len(found) == len({kernel.name for kernel in found})
+    # Sizes to 8 x 8 in float, and every source's first kernel.
+    names = {kernel.name for kernel in found}
+    assert {"small stiefel qr 3x3 float step", "small stiefel qr 8x8 float step", "advance"} <= names
+    assert sum(name.startswith("small stiefel qr") and "float" in name for name in names) == 7 * 8 // 2
+    faults = [fault for kernel in found for fault in faults_of(kernel)]
+    assert not faults, "\n".join(faults)
+
+
+def faults_of(kernel: Any) -> list[str]:
+    ceiling = next((row for row in CEILINGS if re.fullmatch(row[0], kernel.name)), None)
+    if ceiling is None:
+        return [f"{kernel.name}: no row of CEILINGS fits it"]
+    _, registers, spills = ceiling
+    faults = []
+    if kernel.registers > registers:
+        faults.append(f"{kernel.registers} registers, at most {registers}")
+    if kernel.spills > spills:
+        faults.append(f"{kernel.spills} bytes spilled, at most {spills}")
+    if FAST.match(kernel.name):
+        types, stored = 1 if kernel.wide else 3, 2 if kernel.name.endswith("step") else 1
+        stored -= kernel.name.startswith("elements") and not kernel.name.endswith("step")
+        if kernel.loads[128] < 3 * types or kernel.stores[128] < stored * types:
+            faults.append(f"{kernel.loads[128]} loads and {kernel.stores[128]} stores of 16 bytes")
+    return [f"{kernel.name}, {kernel.architecture}: {fault}" for fault in faults]
+
+
+def test_hopper() -> None:
+    check("sm_90")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+def test_other_architectures(architecture: str) -> None:
+    check(architecture)

@@ -1,0 +1,43 @@
+"""The CUDA kernels under sanitizers: AddressSanitizer sees what they touch, ThreadSanitizer what no barrier orders."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import cuda_emulated
+import pytest
+from cuda_emulated import ROOT, build
+from test_cpu_sanitized import library
+
+if (reason := cuda_emulated.missing()) is not None:
+    pytest.skip(f"the CUDA kernels cannot be compiled for the CPU: {reason}", allow_module_level=True)
+
+#: The run-time library that has to be loaded first, its options, and the tests: all where the sanitizer costs little.
+RUNS = [
+    ("address", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}, ""),
+    # Python and torch themselves are not what is watched.
+    ("thread", "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}, "any_order or views or filters"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("sanitizer", "runtime", "options", "chosen"), RUNS, ids=[run[0] for run in RUNS])
+def test_steps_under_a_sanitizer(sanitizer: str, runtime: str, options: dict[str, str], chosen: str) -> None:
+    found = library(runtime)
+    if os.sep not in found:
+        pytest.skip(f"the compiler has no {runtime}")
+    environment = {
+        **os.environ,
+        **options,
+        # The C++ library, so that the sanitizer finds the functions behind an exception before Python loads it.
+        "LD_PRELOAD": f"{found} {library('libstdc++.so')}",
+        "MANIFOLD_KERNELS_EMULATED": str(build(sanitizer)),
+        "OMP_NUM_THREADS": "1",
+    }
+    tests = [str(ROOT / "tests" / name) for name in ("test_cuda_kernels.py", "test_cuda_contract.py")]
+    skipped = ["-k", f"({chosen or 'test'}) and not os_threads"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *skipped, *tests]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

@@ -1,0 +1,72 @@
+"""Steps of the CUDA kernels on a GPU against the reference: the tests of the CPU kernels, and those of their contract.
+
+Tensors lie on the CPU in those tests. ``step_`` takes their storages to the GPU, whole, so that every address keeps its
+alignment and every gap its content, steps there, and brings the storages back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import test_cpu_contract as contract
+import test_cpu_kernels as suite
+import torch
+from cpu_lockstep import check
+from test_cpu_contract import (  # noqa: F401  the tests themselves
+    test_buffers_are_not_read_before_the_first_step_nor_used_without_momentum,
+    test_every_retraction_has_its_kernel,
+    test_huge_gradients,
+    test_momentum_that_float16_cannot_hold,
+    test_neighbours_of_a_huge_gradient_keep_their_bits,
+    test_neighbours_of_a_non_finite_gradient_keep_their_bits,
+    test_psi_keeps_what_cannot_be_stored,
+    test_steps_that_lose_the_weight,
+    test_zero_and_denormal_gradients,
+    test_zero_weights,
+)
+from test_cpu_kernels import *  # noqa: F403  the tests themselves
+from torch import Tensor, UntypedStorage
+
+from manifold_kernels import ops
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU; `make test-gpu` runs these tests where there is one", allow_module_level=True)
+
+#: Of the operator's arguments, those that stay on the CPU: groups, components, scales, hyper.
+ON_CPU = range(6, 10)
+DEVICE = torch.device("cuda")
+
+
+def step_(*arguments: Sequence[Tensor | None] | Tensor | None) -> None:
+    """The operator, on copies of the storages that lie on the GPU."""
+    assert ops.backends()["cuda"] is None
+    storages: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # here and there, by address
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        here = tensor.untyped_storage()
+        _, there = storages.setdefault(here.data_ptr(), (here, here.to(device=DEVICE)))
+        empty = torch.empty(0, dtype=tensor.dtype, device=DEVICE)
+        return empty.set_(there, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    given = [
+        argument
+        if position in ON_CPU
+        else [moved(one) for one in argument]
+        if isinstance(argument, (list, tuple))
+        else moved(argument)
+        for position, argument in enumerate(arguments)
+    ]
+    torch.ops.manifold_kernels.step_(*given)
+    for here, there in storages.values():
+        here.copy_(there)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "check", partial(check, step=step_))
+    monkeypatch.setattr(suite, "compiled", step_)
+    monkeypatch.setattr(contract, "compiled", step_)
