@@ -17,7 +17,7 @@ MK_FN R clip(R norm, R nu) {
 template <class R>
 struct Geodesic {
   R cosine, along, turn;
-  Geodesic(R norm, R factor) {
+  MK_FN Geodesic(R norm, R factor) {
     const R angle = abs(factor) * norm;
     const SineCosine<R> at = sine_cosine(angle);
     cosine = at.cosine;
