@@ -200,7 +200,7 @@ class Matrix {
 };
 
 template <class R, class T, Pass pass>
-__global__ void __launch_bounds__(block_threads) matrices(Tables t, const Tile* tiles) {
+__global__ void __launch_bounds__(block_threads, 1) matrices(Tables t, const Tile* tiles) {
   if (is_skipped(t)) return;
   MK_SHARED(R, shared);
   constexpr int teams = block_threads / T::size;

@@ -9,7 +9,7 @@ namespace cuda {
 
 // Row: a class with step(), false where the row stays as it is.
 template <class R, class T, template <class, class> class Row>
-__global__ void __launch_bounds__(block_threads) rows(Tables t, const Tile* tiles) {
+__global__ void __launch_bounds__(block_threads, 2) rows(Tables t, const Tile* tiles) {
   if (is_skipped(t)) return;
   const Tile tile = tiles[blockIdx.x];
   const Group& g = t.groups[tile.group];

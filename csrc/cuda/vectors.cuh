@@ -262,7 +262,7 @@ class Vectors {
 };
 
 template <class R, class T, Pass pass>
-__global__ void __launch_bounds__(block_threads) vectors(Tables t, const Tile* tiles) {
+__global__ void __launch_bounds__(block_threads, 2) vectors(Tables t, const Tile* tiles) {
   if (is_skipped(t)) return;
   const Tile tile = tiles[blockIdx.x];
   const Vectors<R, T> work(t, tile);
