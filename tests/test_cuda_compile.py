@@ -32,14 +32,8 @@ CEILINGS: list[tuple[str, int, int]] = [
     (r"small .*double", 255, 0),
     (r"elements .*", 80, 0),
     (r"advance", 32, 0),
-    # Their launch bounds keep three blocks on a multiprocessor, for which the compiler pays with a few numbers.
-    (r"vectors .*double measure", 80, 128),
-    (r"vectors .*", 128, 0),
-    (r"scale_invariant .*", 80, 320),
-    (r"grassmann .*", 104, 192),
-    (r"matrices .*double step", 224, 0),
-    (r"matrices .*double measure", 128, 8),
-    (r"matrices .*", 128, 0),
+    (r"(vectors|scale_invariant|grassmann) .*", 128, 0),
+    (r"matrices .*", 255, 0),
 ]
 
 #: Kernels of contiguous tensors. For each of three types in float, and for double, they load W, gradient and momentum
