@@ -15,8 +15,8 @@ from cuda_resources import ARCHITECTURES, Resources, missing, resources
 from rich.console import Console
 from rich.table import Table
 
-#: Registers, threads and blocks of a multiprocessor, registers of a warp come in steps of 256 (CUDA C++ Programming
-#: Guide, "Compute Capabilities"); bytes of shared memory by architecture, of which a block's share has 1 KB for the system.
+#: What a multiprocessor has, and the steps in which a warp gets registers (CUDA C++ Programming Guide, "Compute
+#: Capabilities"); of its shared memory, in bytes, every block takes 1 KB for the system.
 REGISTERS, WARPS, BLOCKS, REGISTER_STEP, SYSTEM_SHARED = 65536, 64, 32, 256, 1024
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 
@@ -97,8 +97,8 @@ def main() -> None:
         parser.exit(1, f"cuda-report: {reason}\n")
     console = Console(width=220)
     console.print(
-        "Not measured on a GPU. Instructions are counted in the binary, the paths of all storage types and layouts among "
-        "them; a step takes fewer, so that the time to issue them lies between that of the arithmetic and that of all."
+        "Not measured on a GPU. Instructions are counted in the binary, the paths of all storage types and layouts "
+        "among them; a step takes fewer, so that their time lies between that of the arithmetic and that of all."
     )
     for architecture in options.architectures:
         found = [kernel for kernel in resources(architecture) if re.search(options.kernels, kernel.name)]

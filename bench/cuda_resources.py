@@ -24,7 +24,6 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 _MANIFOLDS = ("euclidean", "sphere", "oblique", "stiefel")
 _RETRACTIONS = ("", "projection", "qr", "polar", "cayley", "exp")
-_PASSES = ("measure", "step")
 
 #: Asks the headers for the threads and the dynamic shared memory of a block with matrices of e elements.
 _PROBE = """
@@ -142,13 +141,13 @@ def _read(cubin: Path) -> list[Resources]:
     assert reports and reports.keys() <= listings.keys(), (cubin, reports.keys() - listings.keys())
     plain = subprocess.run(["c++filt"], input="\n".join(reports), capture_output=True, text=True, check=True).stdout
     return [
-        _of(readable, cubin.parent.name, reports[name], listings[name])
+        _of(readable, cubin, reports[name], listings[name])
         for name, readable in zip(reports, plain.splitlines(), strict=True)
     ]
 
 
-def _of(signature: str, architecture: str, report: str, listing: str) -> Resources:
-    name, wide, elements = _name(signature)
+def _of(signature: str, cubin: Path, report: str, listing: str) -> Resources:
+    name, wide, elements = _name(signature, cubin.stem)
     threads, *dynamic = _blocks()[elements]
     # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
     numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
@@ -156,7 +155,7 @@ def _of(signature: str, architecture: str, report: str, listing: str) -> Resourc
     opcodes = [opcode for opcode in opcodes if opcode not in ("NOP", "BRA.DIV")]
     return Resources(
         name,
-        architecture,
+        cubin.parent.name,
         wide,
         elements,
         registers=max(int(n) for n in re.findall(r"Used (\d+) registers", report)),
@@ -187,27 +186,21 @@ def _bits(modifiers: str) -> int:
     return next(wide, next((bits for text, bits in small.items() if text in modifiers), 32))
 
 
-def _name(signature: str) -> tuple[str, bool, int]:
+def _name(signature: str, source: str) -> tuple[str, bool, int]:
     """The kernel's name, whether it computes in double, and the elements of a thread's matrix."""
-    engine = re.findall(r"mk::cuda::(?:\(anonymous namespace\)::)?(\w+)", signature)[0]
-    if engine == "advance":
-        return engine, False, 0
+    function = re.findall(r"mk::cuda::(?:\(anonymous namespace\)::)?(\w+)", signature)[0]
+    if function == "advance":
+        return function, False, 0
     wide = "<double" in signature
-    parts, elements = [engine], 0
-    if engine == "small":
-        parts.append(next(name for name in _MANIFOLDS if f"{name.capitalize()}Map" in signature))
-        n, p = map(int, re.findall(r", (\d+), (\d+), ", signature)[0])
-        retraction = re.findall(r"\(mk::Retraction\)(\d)", signature)
-        step = "(mk::cuda::Pass)1" in signature
-        exponential = "Map<true>" in signature
-        if step:
-            parts.append(_RETRACTIONS[int(retraction[0])] if retraction else "exp" if exponential else "projection")
-        parts.append(f"{n}x{p}")
-        elements = n * p
-    parts += re.findall(r"Team<(\d+)>", signature)[:1]
-    parts += (
-        ["double" if wide else "float", _PASSES[int(re.findall(r"\(mk::cuda::Pass\)(\d)", signature)[0])]]
-        if ("(mk::cuda::Pass)" in signature)
-        else ["double" if wide else "float", "step"]
-    )
-    return " ".join(parts), wide, elements
+    passes = re.findall(r"\(mk::cuda::Pass\)(\d)", signature)
+    step = not passes or passes[0] == "1"
+    end = f"{'double' if wide else 'float'} {'step' if step else 'measure'}"
+    if function != "small":
+        team = re.findall(r"Team<(\d+)>", signature)[:1]
+        # The sources with rows of other rules have a kernel of that name each.
+        return " ".join([source if function == "rows" else function, *team, end]), wide, 0
+    manifold = next(name for name in _MANIFOLDS if f"{name.capitalize()}Map" in signature)
+    n, p = map(int, re.findall(r", (\d+), (\d+), ", signature)[0])
+    retraction = re.findall(r"\(mk::Retraction\)(\d)", signature)
+    way = _RETRACTIONS[int(retraction[0])] if retraction else "exp" if "Map<true>" in signature else "projection"
+    return " ".join([function, manifold, *([way] if step else []), f"{n}x{p}", end]), wide, n * p
