@@ -174,19 +174,20 @@ class Lanes {
 
   LaneOrder order_of(const Tile<R>& t) const { return t.in_lanes ? LaneOrder{1} : lane_order<R>(size); }
 
-  __attribute__((noinline)) T scale_of(const Tile<R>& t, int l) const {
+  // 1 where there is no component, so that nothing but a component can be out of range.
+  __attribute__((noinline)) T scale_of(const Tile<R>& t, int l, const uint8_t* skip) const {
     const LaneOrder order = order_of(t);
     R scale[N];
     for (int i = 0; i < N; i++) {
       const int inside = l + order.component<R>(i);
-      scale[i] = R(job.scale(t.k + (inside < t.count ? inside : 0)));
+      scale[i] = inside < t.count && !(skip && skip[inside]) ? R(job.scale(t.k + inside)) : R(1);
     }
     return T::load(scale);
   }
 
   // The first round: what a block steps along and from, projected; the new momentum is stored.
   template <bool InLanes>
-  MK_FN void project(const Tile<R>& t, int l, bool second, Block& b, T* q, T* tangent) const {
+  MK_FN void project(const Tile<R>& t, int l, bool second, const uint8_t* skip, Block& b, T* q, T* tangent) const {
     const int E = elements();
     const R* const base = t.w;
     R* const m = t.m;
@@ -200,8 +201,8 @@ class Lanes {
     bring<InLanes>(direction, w);
     b.scale = scale0;
     T inverse = inverse0;
-    if (job.scale_stride) {
-      b.scale = scale_of(t, l);
+    if (job.scale_stride || skip || l + N > t.count) {
+      b.scale = scale_of(t, l, skip);
       inverse = T(R(1)) / b.scale;
     }
     b.step = inverse;
@@ -224,10 +225,10 @@ class Lanes {
   }
 
   template <bool InLanes>
-  MK_FN bool project_all(const Tile<R>& t, bool second, Kept& kept) const {
+  MK_FN bool project_all(const Tile<R>& t, bool second, const uint8_t* skip, Kept& kept) const {
     bool all_good = true;
     for (int l = 0, b = 0; l < t.count; l += N, b++) {
-      project<InLanes>(t, l, second, kept.block[b], kept.q + (is_linear ? 0 : b * elements()),
+      project<InLanes>(t, l, second, skip, kept.block[b], kept.q + (is_linear ? 0 : b * elements()),
                        kept.tangent + b * elements());
       all_good &= kept.block[b].good;
     }
@@ -364,7 +365,7 @@ class Lanes {
     const bool first = pass.kind == Pass::first, second = pass.kind == Pass::second;
     const Tile<R> t = tile_at(k, end, second, skip, memory);
     const bool all_good =
-        with_layout(t, [&](auto lanes) { return project_all<decltype(lanes)::value>(t, second, kept); });
+        with_layout(t, [&](auto lanes) { return project_all<decltype(lanes)::value>(t, second, skip, kept); });
     bool far = false;
     if (first) {
       for (int l = 0, b = 0; l < t.count; l += N, b++)
