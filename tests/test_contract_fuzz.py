@@ -76,6 +76,25 @@ def test_a_plan_with_wrong_numbers_is_refused_or_stays_in_its_tensors(data: st.D
     assert all(bool((a[:32] == 7).all()) and bool((a[-32:] == 7).all()) for a in around)
 
 
+@pytest.mark.parametrize("numbers", [{"momentum": math.inf}, {"momentum": math.nan}])
+@pytest.mark.parametrize("layout", [Layout("kernel"), Layout("matrix")])
+def test_a_momentum_beyond_all_numbers_leaves_every_component(numbers: dict[str, float], layout: Layout) -> None:
+    """Infinity times a buffer of zeros is NaN in every lane, empty ones included."""
+    weights = [torch.rand(4, 3, 3, 3) if layout.view == "kernel" else torch.rand(5, 8)]
+    for of in (Sphere(), Oblique(), Stiefel()):
+        rows = [group(of, layout, step_size="general")]
+        run = start(weights, rows, [{"momentum": 0.9}], fill=0.0)
+        run.steps.fill_(1)
+        made = Plan.build(rows, run.params)
+        before = [p.clone() for p in run.params]
+        torch.ops.manifold_kernels.step_(
+            run.params, [torch.rand_like(p) for p in run.params], run.momenta, run.variances, run.steps, run.nonfinite,
+            made.groups, made.components, made.scales, hyper_table([numbers]),
+        )  # fmt: skip
+        assert torch.equal(run.params[0], before[0]) and not run.momenta[0].any()
+        assert run.nonfinite.item() == made.column("count").sum()
+
+
 def trained() -> list[FGSGD | AdamG]:
     torch.manual_seed(0)
     model, other = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(3, 4, 3, bias=False))

@@ -354,14 +354,16 @@ class Lanes {
     Sums sums;
     double alone_squares = 0;
     for (int64_t k = pass.begin; k < pass.end;)
-      k += step_from(pass, k, pass.end, pass.skipped ? pass.skipped + k : nullptr, memory, kept, sums, alone_squares);
+      k += step_from(pass, k, pass.end, pass.skipped ? pass.skipped + k : nullptr, false, memory, kept, sums,
+                     alone_squares);
     if (pass.kind == Pass::first) pass.out->square += total(sums.sum) + alone_squares;
   }
 
  private:
-  // A tile from k on, without the components in `skip`; returns how many components it had.
-  int step_from(const Pass& pass, int64_t k, int64_t end, const uint8_t* skip, Memory& memory, Kept& kept, Sums& sums,
-                double& alone_squares) const {
+  // A tile from k on, without the components in `skip`; returns how many components it had. `again`: the second try,
+  // where nothing but the hyper-parameters can be out of range.
+  int step_from(const Pass& pass, int64_t k, int64_t end, const uint8_t* skip, bool again, Memory& memory, Kept& kept,
+                Sums& sums, double& alone_squares) const {
     const bool first = pass.kind == Pass::first, second = pass.kind == Pass::second;
     const Tile<R> t = tile_at(k, end, second, skip, memory);
     const bool all_good =
@@ -376,7 +378,7 @@ class Lanes {
     if (all_good && !far) {
       put_back(t, first, second, skip, memory);
     } else {
-      step_rest(pass, t, skip, memory, kept, sums, alone_squares);
+      step_rest(pass, t, skip, again, memory, kept, sums, alone_squares);
     }
     return t.count;
   }
@@ -388,25 +390,30 @@ class Lanes {
   }
 
   // What is left of a tile: blocks with components out of range, and components that go far.
-  __attribute__((noinline)) void step_rest(const Pass& pass, const Tile<R>& t, const uint8_t* skip, Memory& memory,
-                                           Kept& kept, Sums& sums, double& alone_squares) const {
+  __attribute__((noinline)) void step_rest(const Pass& pass, const Tile<R>& t, const uint8_t* skip, bool again,
+                                           Memory& memory, Kept& kept, Sums& sums, double& alone_squares) const {
     const bool first = pass.kind == Pass::first, second = pass.kind == Pass::second;
-    uint8_t out[TileMemory<R, 1>::size + N] = {}, again[TileMemory<R, 1>::size + N] = {}, left[N];
+    uint8_t out[TileMemory<R, 1>::size + N] = {}, bad[TileMemory<R, 1>::size + N] = {}, left[N];
     mark(t, kept, out);
     for (int l = 0, b = 0; l < t.count; l += N, b++)
-      for (int i = 0; i < N; i++) again[l + i] = !kept.block[b].good;
+      for (int i = 0; i < N; i++) bad[l + i] = !kept.block[b].good;
     uint8_t keep[TileMemory<R, 1>::size + N];
-    for (int i = 0; i < t.count; i++) keep[i] = again[i] || (skip && skip[i]);
+    for (int i = 0; i < t.count; i++) keep[i] = bad[i] || (skip && skip[i]);
     put_back(t, first, second, keep, memory);
     for (int l = 0; l < t.count; l += N) {
-      if (!again[l]) continue;
+      if (!bad[l]) continue;
+      if (again) {
+        for (int i = 0; i < N; i++) out[l + i] = 1;
+        continue;
+      }
       for (int i = 0; i < N; i++) left[i] = l + i < t.count && (out[l + i] || (skip && skip[l + i]));
-      step_from(pass, t.k + l, t.k + (l + N < t.count ? l + N : t.count), left, memory, kept, sums, alone_squares);
+      step_from(pass, t.k + l, t.k + (l + N < t.count ? l + N : t.count), left, true, memory, kept, sums,
+                alone_squares);
     }
     for (int i = 0; i < t.count; i++) {
       if (!out[i] || (skip && skip[i])) continue;
       // A far component has its momentum already.
-      const bool has_momentum = second || !again[i];
+      const bool has_momentum = second || !bad[i];
       const double stop = __builtin_nan("");
       const double square = run_alone(job, t.k + i, has_momentum, first ? &stop : second ? &pass.step : nullptr);
       if (pass.kind == Pass::whole && job.norms)
