@@ -97,6 +97,15 @@ template <class T>
 MK_FN T rsqrt(T x) {
   return T(1) / sqrt(x);
 }
+// A square root and a reciprocal to about two roundings, by the processor's estimates where it has them (cpu/pack.h).
+template <class T>
+MK_FN T root(T x) {
+  return sqrt(x);
+}
+template <class T>
+MK_FN T reciprocal(T x) {
+  return T(1) / x;
+}
 // A GPU's estimate is good to two units in the last place; a Newton step brings it below one. The quotient of a root
 // would take five times as many instructions.
 MK_FN float rsqrt(float x) {

@@ -22,9 +22,10 @@ struct Dynamic {
   static constexpr int tall_capacity = 512;
 };
 
-// The sizes with kernels of their own, and those that have them for every retraction; every other size takes the
-// Dynamic path.
+// The sizes with kernels of their own, those that have them for every retraction, and those that step 16-bit weights
+// without a copy; every other size takes the Dynamic path.
 #define MK_FIXED_SIZES(X) X(2, 2) X(3, 3) X(4, 4) X(5, 5) X(7, 7)
 #define MK_COMMON_SIZES(X) X(3, 3) X(5, 5)
 
 }  // namespace mk
+#define MK_HALF_SIZES(X) X(3, 3)

@@ -15,14 +15,14 @@ constexpr bool has_fixed_sizes = false;
 constexpr bool has_fixed_sizes = true;
 #endif
 
-#define MK_RUN(N, P)                                   \
-  if (n == N && p == P) {                              \
-    Lanes<float, Map, Fixed<N, P>>(job, {}).run(pass); \
-    return true;                                       \
+#define MK_RUN(N, P)                                      \
+  if (n == N && p == P) {                                 \
+    Lanes<float, Map, Fixed<N, P>, S>(job, {}).run(pass); \
+    return true;                                          \
   }
 
-// False where the job's size is none of MK_FIXED_SIZES.
-template <class Map>
+// False where the job's size is none of MK_FIXED_SIZES. S is the storage that is stepped in place.
+template <class Map, class S = float>
 [[maybe_unused]] bool with_fixed_size([[maybe_unused]] const Job& job, [[maybe_unused]] const Pass& pass) {
   if constexpr (has_fixed_sizes) {
     const int n = int(job.geometry->n), p = int(job.geometry->p);
@@ -32,11 +32,27 @@ template <class Map>
 }
 
 // The same for MK_COMMON_SIZES.
-template <class Map>
+template <class Map, class S = float>
 [[maybe_unused]] bool with_common_size([[maybe_unused]] const Job& job, [[maybe_unused]] const Pass& pass) {
   if constexpr (has_fixed_sizes) {
     const int n = int(job.geometry->n), p = int(job.geometry->p);
     MK_COMMON_SIZES(MK_RUN)
+  }
+  return false;
+}
+
+// The same for MK_HALF_SIZES, with the job's 16-bit storage stepped in place.
+template <class Map>
+[[maybe_unused]] bool with_half_size([[maybe_unused]] const Job& job, [[maybe_unused]] const Pass& pass) {
+  if constexpr (has_fixed_sizes) {
+    const int n = int(job.geometry->n), p = int(job.geometry->p);
+    if (job.storage == Storage::bfloat16) {
+      using S = BFloat16;
+      MK_HALF_SIZES(MK_RUN)
+    } else {
+      using S = Float16;
+      MK_HALF_SIZES(MK_RUN)
+    }
   }
   return false;
 }

@@ -18,10 +18,10 @@ namespace mk {
 // turns<Size>: turn(w, d, inverse, tangent, size) and retract_turn(w, tangent, step, square, scale, size) in their
 // place, for weights as they are.
 //
-// is_linear<Size>: all that the retraction needs are a few sums, and it ends on a combination of weight and direction,
-// which can be formed as they lie in memory: observe(w, d, ww, inverse, sums, size) -> ||xi||^2 for a weight that is
-// still to be multiplied by `inverse`, and arc(sums, step, square) -> a, b with R_q(step xi) = a q + b d. `step` may be
-// too long for it: see is_stable.
+// is_linear<Size>: all that the retraction needs are `sums` sums, and it ends on a combination of weight and direction,
+// which can be formed as they lie in memory: observe(w, d, inverse, sums, size) -> ||xi||^2 for a weight that is
+// still to be multiplied by `inverse`, and arc(sums, step, square, &combined): a, b with R_q(step xi) = a q + b d,
+// returning the mask of the matrices for which that is accurate and in range.
 struct ByTangent {
   template <class Size>
   static constexpr bool is_linear = false;
@@ -35,15 +35,16 @@ struct SphereMap {
   static constexpr bool turns = false;
   template <class Size>
   static constexpr bool is_linear = !std::is_same<Size, Dynamic>::value;
+  static constexpr int sums = 2;
 
   template <class T>
   MK_FN static sphere::Arc<T> along(T step, T square) {
     return Exp ? sphere::exp(step, square) : sphere::projection(step);
   }
   template <class T, class Size>
-  MK_FN static T observe(const T* w, const T* d, T ww, T inverse, T* sums, Size size) {
+  MK_FN static T observe(const T* w, const T* d, T inverse, T* sums, Size size) {
     const int k = size.n * size.p;
-    const T dd = square_norm(d, k), qd = inner(w, d, k, 1) * inverse, qq = ww * inverse * inverse;
+    const T dd = square_norm(d, k), qd = inner(w, d, k, 1) * inverse, qq = square_norm(w, k) * inverse * inverse;
     T square = sphere::tangent_square(qq, qd, dd);
     const auto cancels = square < T(0.0625) * dd;
     if (any(cancels)) {
@@ -55,14 +56,13 @@ struct SphereMap {
     sums[1] = qd;
     return square;
   }
-  // Where the radial part of d is long against the result, the combination cancels.
   template <class T>
-  MK_FN static auto is_stable(const T* sums, T step, T square) {
-    return abs(along(step, square).b * sums[1]) <= T(0.5);
-  }
-  template <class T>
-  MK_FN static sphere::Arc<T> arc(const T* sums, T step, T square) {
-    return sphere::combination(along(step, square), sums[0], sums[1], square);
+  MK_FN static auto arc(const T* sums, T step, T square, sphere::Arc<T>* combined) {
+    const sphere::Arc<T> arc = along(step, square);
+    *combined = sphere::combination(arc, sums[0], sums[1], square);
+    // Where the radial part of d is long against the result, the combination cancels.
+    const T radial = arc.b * sums[1], rest = fma(step * step, square, sums[0] * sums[0]);
+    return fma(radial, radial, T(Limits<Real<T>>::tiny_square) * rest) <= T(0.25);
   }
 
   template <class T, class Size>

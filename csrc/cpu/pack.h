@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,8 +16,13 @@
 namespace mk {
 namespace MK_ISA {
 
+using mk::abs;
 using mk::any;
 using mk::fma;
+using mk::max;
+using mk::min;
+using mk::reciprocal;
+using mk::root;
 using mk::select;
 using mk::sine_cosine;
 using mk::sqrt;
@@ -42,12 +48,20 @@ struct Vectors<double> {
   typedef int64_t mask __attribute__((vector_size(register_bytes)));
 };
 
+// Which lanes; as the processor has it: a bit a lane, or a lane of ones.
 template <class R>
 struct Mask {
-  typename Vectors<R>::mask v;
-  MK_FN Mask operator!() const { return {~v}; }
-  MK_FN Mask operator&(Mask o) const { return {v & o.v}; }
-  MK_FN Mask operator|(Mask o) const { return {v | o.v}; }
+#if defined(__AVX512F__)
+  using Lanes = std::conditional_t<sizeof(R) == 4, __mmask16, __mmask8>;
+  MK_FN bool at(int lane) const { return v >> lane & 1; }
+#else
+  using Lanes = typename Vectors<R>::mask;
+  MK_FN bool at(int lane) const { return v[lane] != 0; }
+#endif
+  Lanes v;
+  MK_FN Mask operator!() const { return {Lanes(~v)}; }
+  MK_FN Mask operator&(Mask o) const { return {Lanes(v & o.v)}; }
+  MK_FN Mask operator|(Mask o) const { return {Lanes(v | o.v)}; }
 };
 
 template <class R>
@@ -66,9 +80,20 @@ struct Pack {
   MK_FN friend Pack operator-(Pack a, Pack b) { return Pack(a.v - b.v); }
   MK_FN friend Pack operator*(Pack a, Pack b) { return Pack(a.v * b.v); }
   MK_FN friend Pack operator/(Pack a, Pack b) { return Pack(a.v / b.v); }
+#if defined(__AVX512F__)
+  template <int Relation>
+  MK_FN static Mask<R> compare(Pack a, Pack b) {
+    if constexpr (sizeof(R) == 4) return {_mm512_cmp_ps_mask(a.v, b.v, Relation)};
+    if constexpr (sizeof(R) == 8) return {_mm512_cmp_pd_mask(a.v, b.v, Relation)};
+  }
+  MK_FN friend Mask<R> operator<(Pack a, Pack b) { return compare<_CMP_LT_OQ>(a, b); }
+  MK_FN friend Mask<R> operator>(Pack a, Pack b) { return compare<_CMP_GT_OQ>(a, b); }
+  MK_FN friend Mask<R> operator<=(Pack a, Pack b) { return compare<_CMP_LE_OQ>(a, b); }
+#else
   MK_FN friend Mask<R> operator<(Pack a, Pack b) { return {a.v < b.v}; }
   MK_FN friend Mask<R> operator>(Pack a, Pack b) { return {a.v > b.v}; }
   MK_FN friend Mask<R> operator<=(Pack a, Pack b) { return {a.v <= b.v}; }
+#endif
 
   MK_FN static Pack load(const R* p) {
     Pack x;
@@ -128,15 +153,68 @@ MK_FN Pack<R> rsqrt(Pack<R> a) {
 }
 
 template <class R>
+MK_FN Pack<R> root(Pack<R> a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4)  // not of less than the least normal number, whose estimate would be infinite
+    return a * rsqrt(Pack<R>(_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(1.17549435e-38f), a.v)));
+#endif
+  return sqrt(a);
+}
+template <class R>
+MK_FN Pack<R> reciprocal(Pack<R> a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) {
+    const Pack<R> y(_mm512_maskz_rcp14_ps(0xffff, a.v));
+    return fma(fma(-a, y, Pack<R>(1)), y, y);
+  }
+#endif
+  return Pack<R>(R(1)) / a;
+}
+
+template <class R>
 MK_FN Pack<R> select(Mask<R> mask, Pack<R> a, Pack<R> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_mask_blend_ps(mask.v, b.v, a.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_mask_blend_pd(mask.v, b.v, a.v));
+#else
   return Pack<R>(mask.v ? a.v : b.v);
+#endif
+}
+
+template <class R>
+MK_FN Pack<R> abs(Pack<R> a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_abs_ps(a.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_abs_pd(a.v));
+#else
+  return select(a < Pack<R>(R(0)), -a, a);
+#endif
+}
+
+// b where it is above (below) a, else a: a NaN in b is left out, one in a stays.
+template <class R>
+MK_FN Pack<R> max(Pack<R> a, Pack<R> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_maskz_max_ps(0xffff, b.v, a.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_maskz_max_pd(0xff, b.v, a.v));
+#else
+  return select(a < b, b, a);
+#endif
+}
+template <class R>
+MK_FN Pack<R> min(Pack<R> a, Pack<R> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) return Pack<R>(_mm512_maskz_min_ps(0xffff, b.v, a.v));
+  if constexpr (sizeof(R) == 8) return Pack<R>(_mm512_maskz_min_pd(0xff, b.v, a.v));
+#else
+  return select(b < a, b, a);
+#endif
 }
 
 template <class R>
 MK_FN bool any(Mask<R> mask) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(R) == 4) return _mm512_movepi32_mask((__m512i)mask.v) != 0;
-  if constexpr (sizeof(R) == 8) return _mm512_movepi64_mask((__m512i)mask.v) != 0;
+  return mask.v != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)mask.v) != 0;
 #else
@@ -150,7 +228,7 @@ MK_FN bool any(Mask<R> mask) {
 template <class R>
 __attribute__((noinline)) void sine_cosine_by_libm(Pack<R> x, Mask<R> which, SineCosine<Pack<R>>* at) {
   for (int l = 0; l < Pack<R>::lanes; l++) {
-    if (!which.v[l]) continue;
+    if (!which.at(l)) continue;
     const SineCosine<R> one = mk::sine_cosine(R(x.v[l]));
     at->sine.v[l] = one.sine;
     at->cosine.v[l] = one.cosine;

@@ -18,6 +18,7 @@ struct Pass {
 // The compilations of lanes.h: sizes known to the compiler, and any size.
 bool run_fixed_size(const Job&, const Pass&);  // false: no such size
 bool run_fixed_size_other(const Job&, const Pass&);
+bool run_fixed_size_half(const Job&, const Pass&);
 void run_any_size(const Job&, const Pass&);
 
 // The compilation of matrices.h; see Kernels.
@@ -26,8 +27,9 @@ void matrices_first(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* s
 void matrices_second(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept, Team,
                      void* scratch);
 
-// Component k in the next wider type (alone.h).
-double run_alone(const Job&, int64_t k, bool second, const double* step);
+// One component, see alone.h: whether all of it is finite, and its step in the next wider type.
+bool is_finite(const Job&, int64_t k);
+double run_alone(const Job&, int64_t k, const double* step);
 
 }  // namespace MK_ISA
 }  // namespace mk

@@ -26,6 +26,12 @@ struct StorageTraits<double> {
   using Wide = long double;
 };
 
+template <class S>
+constexpr Storage storage_of = std::is_same<S, double>::value     ? Storage::float64
+                               : std::is_same<S, BFloat16>::value ? Storage::bfloat16
+                               : std::is_same<S, Float16>::value  ? Storage::float16
+                                                                  : Storage::float32;
+
 // Whole registers, from and to consecutive elements.
 MK_FN Pack<float> load(const float* p) { return Pack<float>::load(p); }
 MK_FN Pack<double> load(const double* p) { return Pack<double>::load(p); }
@@ -40,13 +46,26 @@ MK_FN Pack<float> load(const BFloat16* p) {
   __builtin_memcpy(&half, p, sizeof(half));
   return Pack<float>((Pack<float>::Numbers)(__builtin_convertvector(half, Words) << 16));
 }
-MK_FN void store(BFloat16* p, Pack<float> x) {
+// What storing x as S and loading it again gives.
+template <class S>
+MK_FN Pack<float> as_stored(Pack<float> x);
+template <>
+MK_FN Pack<float> as_stored<float>(Pack<float> x) {
+  return x;
+}
+template <>
+MK_FN Pack<float> as_stored<BFloat16>(Pack<float> x) {
   const Words bits = (Words)x.v;
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words nan = Words{} + 0x7fc0;
-  const HalfWords half = __builtin_convertvector(x.v == x.v ? rounded : nan, HalfWords);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  const Words nan = Words{} + 0x7fc00000;
+  return Pack<float>((Pack<float>::Numbers)(x.v == x.v ? rounded : nan));
+}
+// Stores a number that S can represent.
+MK_FN void store_exact(BFloat16* p, Pack<float> x) {
+  const HalfWords half = __builtin_convertvector((Words)x.v >> 16, HalfWords);
   __builtin_memcpy(p, &half, sizeof(half));
 }
+MK_FN void store(BFloat16* p, Pack<float> x) { store_exact(p, as_stored<BFloat16>(x)); }
 
 MK_FN Pack<float> load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -68,6 +87,20 @@ MK_FN void store(Float16* p, Pack<float> x) {
   for (int l = 0; l < Pack<float>::lanes; l++) put(p + l, x.v[l]);
 #endif
 }
+
+template <>
+MK_FN Pack<float> as_stored<Float16>(Pack<float> x) {
+  Float16 memory[Pack<float>::lanes];
+  store(memory, x);
+  return load(memory);
+}
+MK_FN void store_exact(Float16* p, Pack<float> x) { store(p, x); }
+MK_FN void store_exact(float* p, Pack<float> x) { store(p, x); }
+template <class S>
+MK_FN Pack<double> as_stored(Pack<double> x) {
+  return x;
+}
+MK_FN void store_exact(double* p, Pack<double> x) { store(p, x); }
 
 // Calls f with a value of the storage type; R, the arithmetic type, narrows the choice.
 template <class R, class F>
@@ -110,17 +143,10 @@ MK_FN void put(S* p, Pack<R> x) {
   store(p, x);
 }
 
-// What storing x and loading it again gives.
+// The same for storage that only the program knows.
 template <class R>
 MK_FN Pack<R> as_stored(Storage storage, Pack<R> x) {
-  if constexpr (sizeof(R) == 4) {
-    if (storage == Storage::float32) return x;
-    with_storage<R>(storage, [&](auto s) {
-      decltype(s) memory[Pack<R>::lanes];
-      store(memory, x);
-      x = load(memory);
-    });
-  }
+  with_storage<R>(storage, [&](auto s) { x = as_stored<decltype(s)>(x); });
   return x;
 }
 template <class R>

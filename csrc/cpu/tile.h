@@ -9,24 +9,23 @@ namespace mk {
 namespace MK_ISA {
 namespace {
 
-// Components as the kernels see them: numbers of the arithmetic type, either one matrix after the other, or with the
-// same element of all matrices side by side (`in_lanes`: channels_last weights lie so). In place where memory allows,
-// else copied.
-template <class R>
-struct Tile {
-  static constexpr int elements = 1152;  // of each of w, g and m, with what the rounds keep in the first-level cache
+// Of each of w, g and m, with what the rounds keep in the first-level cache.
+constexpr int tile_elements = 1152;
 
+// Components as the kernels see them, either one matrix after the other, or with the same element of all matrices side
+// by side (`in_lanes`: channels_last weights lie so). In place where memory allows, else copied, as numbers of the
+// arithmetic type.
+struct Tile {
   int64_t k;  // first component, counted in the job
-  int count;  // components in it; whole registers are read, so that copies are padded with zeros
+  int count;  // components in it; whole registers are read, so that copies are padded
   bool in_lanes, copied;
-  R *w, *m;
-  const R* g;
+  void *w, *m;
+  const void* g;
 };
 
 template <class R, int Capacity>
 struct TileMemory {
-  static constexpr int size =
-      Tile<R>::elements > Capacity* Pack<R>::lanes ? Tile<R>::elements : Capacity * Pack<R>::lanes;
+  static constexpr int size = tile_elements > Capacity* Pack<R>::lanes ? tile_elements : Capacity * Pack<R>::lanes;
   alignas(64) R w[size], g[size], m[size];
 };
 

@@ -130,6 +130,7 @@ class Rotation16 {
   }
   template <int Places>
   MK_FN static __m512 shifted(__m512 x) {
+    if constexpr (Places == 0) return x;
     return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x), (Places + 16) % 16));
   }
   template <int Sign, int... J>

@@ -63,30 +63,28 @@ MK_RARE void retract_far(const T* W, const T* A, T scale, T* out, Size size) {
   for (int e = 0; e < size.p * size.p; e++) out[e] = out[e] * scale;
 }
 
-// W <- s qf(Q + step xi), square = ||xi||^2. Up to ||step xi||^2 = 4 no singular value of I + step A is beyond sqrt(3).
-// The last column of qf keeps to the side of the old one, at any step: its part along it is a positive multiple of a
-// diagonal element of (I + step A)^-1, whose symmetric part is positive definite.
+// Y = s qf(Q + step xi), square = ||xi||^2, in the matrices whose mask is returned: up to ||step xi||^2 = 4 no singular
+// value of I + step A is beyond sqrt(3). The last column of qf keeps to the side of the old one, at any step: its part
+// along it is a positive multiple of a diagonal element of (I + step A)^-1, whose symmetric part is positive definite.
 template <class T, class Size>
-MK_FN void retract_turn(T* W, const T* turn, T step, T square, T scale, Size size) {
+MK_FN auto retract_near(const T* W, const T* turn, T step, T square, T scale, T* Y, Size size) {
   const int p = size.p;
-  T A[Size::square_capacity], Y[Size::capacity];
+  T A[Size::square_capacity];
   MK_UNROLL
   for (int e = 0; e < p * (p - 1) / 2; e++) A[e] = step * turn[e];
   turned(W, A, Y, p == 3 ? 2 : p, size);
-  const auto near = gram_schmidt(Y, scale, W + p - 1, size) & (step * step * square <= T(4));
-  if (any(!near)) {
-    // Copies, or all of them would have to be in memory for the sake of this call.
-    T from[Size::capacity], along[Size::square_capacity], to[Size::capacity];
-    MK_UNROLL
-    for (int e = 0; e < p * p; e++) from[e] = W[e];
-    MK_UNROLL
-    for (int e = 0; e < p * (p - 1) / 2; e++) along[e] = A[e];
-    retract_far(from, along, scale, to, size);
-    MK_UNROLL
-    for (int e = 0; e < p * p; e++) Y[e] = select(near, Y[e], to[e]);
-  }
-  MK_UNROLL
-  for (int e = 0; e < p * p; e++) W[e] = Y[e];
+  return gram_schmidt(Y, scale, W + p - 1, size) & (step * step * square <= T(4));
+}
+
+// W <- s qf(Q + step xi), for any step.
+template <class T, class Size>
+MK_FN void retract_turn(T* W, const T* turn, T step, T square, T scale, Size size) {
+  const int p = size.p;
+  T near[Size::capacity], far[Size::capacity], A[Size::square_capacity];
+  const auto is_near = retract_near(W, turn, step, square, scale, near, size);
+  for (int e = 0; e < p * (p - 1) / 2; e++) A[e] = step * turn[e];
+  retract_far(W, A, scale, far, size);
+  for (int e = 0; e < p * p; e++) W[e] = select(is_near, near[e], far[e]);
 }
 
 }  // namespace mk::stiefel

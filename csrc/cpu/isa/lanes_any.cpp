@@ -41,11 +41,14 @@ void run_any_size(const Job& job, const Pass& pass) {
   return job.storage == Storage::float64 ? run_as<double>(job, pass) : run_as<float>(job, pass);
 }
 
-double run_alone(const Job& job, int64_t k, bool second, const double* step) {
+bool is_finite(const Job& job, int64_t k) {
+  return job.storage == Storage::float64 ? is_finite_as<double>(job, k) : is_finite_as<float>(job, k);
+}
+
+double run_alone(const Job& job, int64_t k, const double* step) {
   return with_map(job, [&](auto map) {
     using Map = decltype(map);
-    return job.storage == Storage::float64 ? alone<double, Map>(job, k, second, step)
-                                           : alone<float, Map>(job, k, second, step);
+    return job.storage == Storage::float64 ? alone<double, Map>(job, k, step) : alone<float, Map>(job, k, step);
   });
 }
 

@@ -6,6 +6,7 @@ namespace MK_ISA {
 
 bool run_fixed_size(const Job& job, const Pass& pass) {
   if (job.storage == Storage::float64) return false;
+  if (job.storage != Storage::float32 && run_fixed_size_half(job, pass)) return true;
   if (job.manifold == ManifoldCode::sphere && job.retraction == Retraction::projection)
     return with_fixed_size<SphereMap<false>>(job, pass);
   if (job.manifold == ManifoldCode::oblique && job.retraction == Retraction::projection)
