@@ -222,6 +222,9 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     Work& w = work[t.job];
     if (t.first_of_two) {
       first(t, &partials[i], team, scratch);
+    } else if (is_shared(job) && w.engine == Engine::lanes && k.lanes_group(job, &partials[i])) {
+      w.square = partials[i].square;
+      settle(job, w);
     } else if (is_shared(job)) {
       first(t, &partials[i], team, scratch);
       w.square = partials[i].square;

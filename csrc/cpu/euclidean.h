@@ -2,7 +2,9 @@
 #pragma once
 
 #include "cpu/rows.h"
+#include "cpu/tile.h"
 #include "manifolds/euclidean.h"
+#include "size.h"
 
 namespace mk {
 namespace MK_ISA {
@@ -22,22 +24,27 @@ class Elements {
     return momentum.direction(g, m);
   }
 
-  // f(w, g, m) over elements [begin, end) that lie one after the other; Write: w and m are stored.
+  // f(w, g, m) over elements that lie one after the other; Write: w and m are stored.
+  template <bool Write, class S, class F>
+  MK_FN void consecutive(S* w, S* m, const S* g, int64_t count, const F& f) const {
+    sweep<R>(count, [&](int64_t i, auto tag) {
+      using V = decltype(tag);
+      V x = get_as<V>(w + i), y = V(R(0));
+      if (momentum.buffered && !momentum.first) y = get_as<V>(m + i);
+      f(x, get_as<V>(g + i), y);
+      if (Write && momentum.buffered) put(m + i, y);
+      if (Write) put(w + i, x);
+    });
+  }
+
+  // The same over elements [begin, end) of a dense span.
   template <bool Write, class F>
   MK_FN void dense(const Span& span, int64_t begin, int64_t end, const F& f) const {
     with_storage<R>(job.storage, [&](auto s) {
       using S = decltype(s);
-      S* w = static_cast<S*>(job.weight) + span.weight + begin;
-      S* m = job.momentum ? static_cast<S*>(job.momentum) + span.weight + begin : nullptr;
-      const S* g = static_cast<const S*>(job.grad) + span.grad + begin;
-      sweep<R>(end - begin, [&](int64_t i, auto tag) {
-        using V = decltype(tag);
-        V x = get_as<V>(w + i), y = V(R(0));
-        if (momentum.buffered && !momentum.first) y = get_as<V>(m + i);
-        f(x, get_as<V>(g + i), y);
-        if (Write && momentum.buffered) put(m + i, y);
-        if (Write) put(w + i, x);
-      });
+      consecutive<Write>(static_cast<S*>(job.weight) + span.weight + begin,
+                         job.momentum ? static_cast<S*>(job.momentum) + span.weight + begin : nullptr,
+                         static_cast<const S*>(job.grad) + span.grad + begin, end - begin, f);
     });
   }
 
@@ -77,25 +84,57 @@ class Elements {
     bool finite;    // direction and weight
   };
 
-  // Elements [begin, end) of a dense span, or all of another.
-  __attribute__((noinline)) Measured measure(const Span& span, int64_t begin, int64_t end) const {
+  struct Measuring {
     Sum<R> square, off;  // a product with zero is NaN where a number is not finite
-    each<false>(span, begin, end, [&](auto w, auto g, auto m) {
+    Measured value() const { return {square.value(), off.value() == 0}; }
+  };
+  auto measuring(Measuring& of) const {
+    return [&](auto w, auto g, auto m) {
       using V = decltype(w);
       const V d = direction(w, g, m);
-      square.add(d, d);
-      off.add(d, V(R(0)));
-      off.add(w, V(R(0)));
-    });
-    return {square.value(), off.value() == 0};
+      of.square.add(d, d);
+      of.off.add(d, V(R(0)));
+      of.off.add(w, V(R(0)));
+    };
+  }
+  auto moving(double step) const {
+    return [this, minus_step = R(-step)](auto& w, auto g, auto& m) {
+      using V = std::remove_reference_t<decltype(w)>;
+      w = euclidean::step(w, direction(w, g, m), V(minus_step));
+    };
+  }
+
+  // Elements [begin, end) of a dense span, or all of another.
+  __attribute__((noinline)) Measured measure(const Span& span, int64_t begin, int64_t end) const {
+    Measuring measured;
+    each<false>(span, begin, end, measuring(measured));
+    return measured.value();
   }
 
   MK_FN void move(const Span& span, int64_t begin, int64_t end, double step) const {
-    const R minus_step = R(-step);
-    each<true>(span, begin, end, [&](auto& w, auto g, auto& m) {
-      using V = std::remove_reference_t<decltype(w)>;
-      w = euclidean::step(w, direction(w, g, m), V(minus_step));
-    });
+    each<true>(span, begin, end, moving(step));
+  }
+
+  // Listed components that are smaller than a few registers: a tile of them is copied and done as one vector.
+  using Memory = TileMemory<R, 1>;
+  int tile_width() const { return int(tile_elements / job.geometry->elements()); }
+  bool in_tiles() const {
+    return std::is_same<R, float>::value && job.listed && job.geometry->elements() <= short_vector;
+  }
+  // Copies components [k, k + count); returns how many numbers they have.
+  int bring(int64_t k, int count, Memory& memory) const {
+    const Dynamic size{int(job.geometry->n), int(job.geometry->p)};
+    copy<R, Dynamic, false>(job, job.weight, false, k, count, size, nullptr, memory.w);
+    copy<R, Dynamic, false>(job, const_cast<void*>(job.grad), true, k, count, size, nullptr, memory.g);
+    if (momentum.buffered && !momentum.first)
+      copy<R, Dynamic, false>(job, job.momentum, false, k, count, size, nullptr, memory.m);
+    return count * int(job.geometry->elements());
+  }
+  void put_back(int64_t k, int count, const Memory& memory) const {
+    const Dynamic size{int(job.geometry->n), int(job.geometry->p)};
+    copy<R, Dynamic, true>(job, job.weight, false, k, count, size, nullptr, const_cast<R*>(memory.w));
+    if (momentum.buffered)
+      copy<R, Dynamic, true>(job, job.momentum, false, k, count, size, nullptr, const_cast<R*>(memory.m));
   }
 
  public:
@@ -121,6 +160,17 @@ class Elements {
       return;
     }
     for (int64_t k = begin; k < end; k++) {
+      if (in_tiles()) {
+        Memory memory;
+        const int count = int(end - k < tile_width() ? end - k : tile_width());
+        Measuring tile;
+        consecutive<false>(memory.w, memory.m, memory.g, bring(k, count, memory), measuring(tile));
+        if (tile.value().finite) {
+          out->square += tile.value().square;
+          k += count - 1;
+          continue;
+        }
+      }
       const Span span = span_of(job, k);
       const Measured measured = measure(span, 0, span.length);
       if (measured.finite) {
@@ -135,6 +185,14 @@ class Elements {
   void second(int64_t begin, int64_t end, double step, const uint8_t* skipped) const {
     if (job.in_pieces()) return move(span_of(job, 0), begin, end, step);
     for (int64_t k = begin; k < end; k++) {
+      if (in_tiles() && !skipped) {
+        Memory memory;
+        const int count = int(end - k < tile_width() ? end - k : tile_width());
+        consecutive<true>(memory.w, memory.m, memory.g, bring(k, count, memory), moving(step));
+        put_back(k, count, memory);
+        k += count - 1;
+        continue;
+      }
       if (skipped && skipped[k]) continue;
       const Span span = span_of(job, k);
       move(span, 0, span.length, step);

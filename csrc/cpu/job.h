@@ -113,10 +113,12 @@ struct Kernels {
   void (*elements_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* skipped);
   void (*elements_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);
   // Small matrices, components [begin, end). whole: components that wait for no group's norm. Otherwise first the
-  // momentum and the sum of squares, then, with lr / tau, the retraction. skipped as above.
+  // momentum and the sum of squares, then, with lr / tau, the retraction. skipped as above. group: both over a whole
+  // shared group, where that can be done at once; if not, nothing is done and false returned.
   void (*lanes_whole)(const Job&, int64_t begin, int64_t end, Partial*);
   void (*lanes_first)(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* skipped);
   void (*lanes_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);
+  bool (*lanes_group)(const Job&, Partial*);
   // Long vectors: the columns of oblique components, else whole components. Components [begin, end); `states` has one
   // entry a vector of the job; `scratch` has vector_scratch arrays of a vector's length in the arithmetic type.
   void (*vectors_whole)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);

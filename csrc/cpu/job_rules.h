@@ -22,11 +22,11 @@ MK_FN StepSize<R> step_size_of(const Job& job) {
 
 MK_FN int64_t offset_of(const Geometry& g, const int64_t* stride, int64_t component) {
   int64_t offset = 0;
-  for (int d = g.batch_dims - 1; d >= 0; d--) {
+  for (int d = g.batch_dims - 1; d > 0; d--) {  // not the outermost, which mostly is the only one: divisions are slow
     offset += component % g.size[d] * stride[d];
     component /= g.size[d];
   }
-  return offset;
+  return g.batch_dims ? offset + component * stride[0] : offset;
 }
 
 }  // namespace mk

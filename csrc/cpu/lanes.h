@@ -49,6 +49,7 @@ class Lanes {
   static constexpr int lag = is_fixed && Size::capacity <= 32 ? 1 : 0;
   static constexpr int kept_blocks = lag ? 4 : 1;  // enough from the first stage to the last, and a power of two
   static constexpr int longest = 64;               // blocks of a tile in place
+  static constexpr int group_blocks = is_fixed ? Memory::size / (Size::capacity * N) : 0;  // of a group in one tile
 
   // What the stages hand on.
   struct Kept {
@@ -91,13 +92,14 @@ class Lanes {
     return elements();
   }
 
-  // The tile from k on; `skip` tells components to leave out, which needs a copy.
-  Tile tile_at(int64_t k, int64_t end, bool second, const uint8_t* skip, Memory& memory) const {
+  // The tile from k on, with at most `longest_copy` components where it has to be copied; `skip` tells components to
+  // leave out, which needs a copy.
+  Tile tile_at(int64_t k, int64_t end, int longest_copy, bool second, const uint8_t* skip, Memory& memory) const {
     Tile t;
     const int E = elements();
     const Run run = run_at(job, k, end);
     t.k = k;
-    t.count = int(end - k < width ? end - k : width);
+    t.count = int(end - k < longest_copy ? end - k : longest_copy);
     const int in_place = int(run.length < longest * N ? run.length : longest * N) / N * N;
     const bool lanes = is_fixed && run.weight_step == 1 && run.grad_step == 1;
     const bool ordered = run.weight_step == E && run.grad_step == E && job.weight_in_order && job.grad_in_order;
@@ -363,6 +365,17 @@ class Lanes {
     return out;
   }
 
+  // The third stage by whatever way; whether some component is out of range.
+  template <class P>
+  MK_FN bool finish(const Tile& t, int l, Mask<R>& out, const Kept& kept) const {
+    if constexpr (is_linear) {
+      combine<P>(t, l, kept);
+    } else if (!retract<P>(t, l, out, kept)) {
+      out = retract_rest<P>(t, l, out, kept);
+    }
+    return any(out);
+  }
+
   // The stages over a tile; returns how many of its components come before the first block with something that is not
   // finite.
   template <class P>
@@ -374,12 +387,7 @@ class Lanes {
       if (b * N < end && !project<P>(t, b * N, second, seen, kept(b))) end = b * N;
       if (const int s = b - lag; s >= 0 && s * N < end) work.out[s] = find_step<P>(pass, t, s * N, kept(s));
       if (const int r = b - 2 * lag; r >= 0 && r * N < end) {
-        if constexpr (is_linear) {
-          combine<P>(t, r * N, kept(r));
-        } else if (!retract<P>(t, r * N, work.out[r], kept(r))) {
-          work.out[r] = retract_rest<P>(t, r * N, work.out[r], kept(r));
-        }
-        any_out |= any(work.out[r]);
+        any_out |= finish<P>(t, r * N, work.out[r], kept(r));
       }
     }
     return end;
@@ -438,7 +446,7 @@ class Lanes {
   // A tile from k on, without the components in `skip`; returns how many components it had.
   int step_from(const Pass& pass, int64_t k, int64_t end, const uint8_t* skip, Work& work) const {
     const bool first = pass.kind == Pass::first, second = pass.kind == Pass::second;
-    Tile t = tile_at(k, end, second, skip, work.memory);
+    Tile t = tile_at(k, end, width, second, skip, work.memory);
     const int whole = t.count;
     const bool seen = second || skip;
     bool any_out = false;
@@ -453,6 +461,33 @@ class Lanes {
     put_back(t, first, second, skip, work.memory);
     if (any_out) step_out(pass, t, skip, work);
     return t.count == whole ? whole : t.count + step_around(pass, k + t.count, end, work);
+  }
+
+  // Both passes over a shared group on one copy of its components. False, with nothing done, where they fill more than
+  // a tile or something is not finite or out of range.
+  bool step_group(const Pass& pass) const {
+    if (!job.listed || pass.end - pass.begin > group_blocks * N) return false;
+    if constexpr (is_fixed) {
+      using P = Place<false, R, false>;
+      Work work;
+      Kept kept[group_blocks];
+      const Tile t = tile_at(pass.begin, pass.end, group_blocks * N, false, nullptr, work.memory);
+      for (int l = 0, b = 0; l < t.count; l += N, b++) {
+        if (!project<P>(t, l, false, false, kept[b]) || any(!(kept[b].square <= T(largest_square)))) return false;
+        work.sums.add(kept[b].square);
+      }
+      pass.out->square = total(work.sums.sum);
+      const Pass second{Pass::second, pass.begin, pass.end,
+                        nullptr,      nullptr,    step_size_of<double>(job)(pass.out->square),
+                        nullptr,      nullptr};
+      bool any_out = false;
+      for (int l = 0, b = 0; l < t.count; l += N, b++) work.out[b] = find_step<P>(second, t, l, kept[b]);
+      for (int l = 0, b = 0; l < t.count; l += N, b++) any_out |= finish<P>(t, l, work.out[b], kept[b]);
+      put_back(t, false, false, nullptr, work.memory);
+      if (any_out) step_out(second, t, nullptr, work);
+      return true;
+    }
+    return false;
   }
 
  public:
@@ -470,6 +505,7 @@ class Lanes {
         inverse0(T(R(1)) / scale0) {}
 
   void run(const Pass& pass) const {
+    if (pass.kind == Pass::group) return void(*pass.stepped = step_group(pass));
     Work work;
     for (int64_t k = pass.begin; k < pass.end;)
       k += step_from(pass, k, pass.end, pass.skipped ? pass.skipped + k : nullptr, work);

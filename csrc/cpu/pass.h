@@ -7,12 +7,13 @@ namespace mk {
 namespace MK_ISA {
 
 struct Pass {
-  enum Kind { whole, first, second } kind;
+  enum Kind { whole, first, second, group } kind;
   int64_t begin, end;
   Partial* out;            // whole, first
   uint8_t* newly_skipped;  // first: one byte a component of the job
   double step;             // second: lr / tau
   const uint8_t* skipped;  // second: null where no component is
+  bool* stepped;           // group: whether both passes could be done at once
 };
 
 // The compilations of lanes.h: sizes known to the compiler, and any size.

@@ -25,15 +25,21 @@ void run_lanes(const Job& job, const Pass& pass) {
 }
 
 void lanes_whole(const Job& job, int64_t begin, int64_t end, Partial* out) {
-  run_lanes(job, {Pass::whole, begin, end, out, nullptr, 0, nullptr});
+  run_lanes(job, {Pass::whole, begin, end, out, nullptr, 0, nullptr, nullptr});
 }
 
 void lanes_first(const Job& job, int64_t begin, int64_t end, Partial* out, uint8_t* skipped) {
-  run_lanes(job, {Pass::first, begin, end, out, skipped, 0, nullptr});
+  run_lanes(job, {Pass::first, begin, end, out, skipped, 0, nullptr, nullptr});
 }
 
 void lanes_second(const Job& job, int64_t begin, int64_t end, double step, const uint8_t* skipped) {
-  run_lanes(job, {Pass::second, begin, end, nullptr, nullptr, step, skipped});
+  run_lanes(job, {Pass::second, begin, end, nullptr, nullptr, step, skipped, nullptr});
+}
+
+bool lanes_group(const Job& job, Partial* out) {
+  bool stepped = false;
+  run_lanes(job, {Pass::group, 0, job.count, out, nullptr, 0, nullptr, &stepped});
+  return stepped;
 }
 
 void vectors_whole(const Job& job, int64_t begin, int64_t end, Partial* out, VectorState* states, void* scratch) {
@@ -56,7 +62,8 @@ void vectors_second(const Job& job, int64_t begin, int64_t end, double step, con
 extern const Kernels MK_TABLE(MK_ISA);
 const Kernels MK_TABLE(MK_ISA) = {MK_ISA::elements_whole, MK_ISA::elements_first, MK_ISA::elements_second,
                                   MK_ISA::lanes_whole,    MK_ISA::lanes_first,    MK_ISA::lanes_second,
-                                  MK_ISA::vectors_whole,  MK_ISA::vectors_first,  MK_ISA::vectors_second,
-                                  MK_ISA::matrices_whole, MK_ISA::matrices_first, MK_ISA::matrices_second};
+                                  MK_ISA::lanes_group,    MK_ISA::vectors_whole,  MK_ISA::vectors_first,
+                                  MK_ISA::vectors_second, MK_ISA::matrices_whole, MK_ISA::matrices_first,
+                                  MK_ISA::matrices_second};
 
 }  // namespace mk
