@@ -64,6 +64,10 @@ struct VectorElements {
   MK_FN V rounded(V x) const {
     if constexpr (wide) {
       return V(as_stored(storage, R(x)));
+    } else if constexpr (sizeof(S) == 2) {
+      S kept[sizeof(V) / sizeof(R)];
+      put(kept, x);
+      return get_as<V>(kept);
     } else {
       return as_stored(storage, x);
     }
