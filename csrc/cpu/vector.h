@@ -90,11 +90,16 @@ struct VectorElements {
   };
   template <class V>
   MK_FN Direction<V> direction(int64_t i) const {
+    return direction<V>(i, i);
+  }
+  // The same where element i of the gradient lies at j.
+  template <class V>
+  MK_FN Direction<V> direction(int64_t i, int64_t j) const {
     if (stored && momentum.buffer_is_direction()) {
       const V kept = at<V>(m + i);
       return {kept, kept};
     }
-    const V grad = gradient<V>(i);
+    const V grad = gradient<V>(j);
     if (!momentum.buffered) return {grad, grad};
     const V kept = buffer(i, grad);
     return {momentum.direction(grad, kept), kept};

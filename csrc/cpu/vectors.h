@@ -5,9 +5,9 @@
 // computed by the same code in the next wider type.
 #pragma once
 
+#include "cpu/column_lanes.h"
 #include "cpu/vector_grassmann.h"
 #include "cpu/vector_quotient.h"
-#include "cpu/vector_sphere.h"
 
 namespace mk {
 namespace MK_ISA {
@@ -27,6 +27,8 @@ class Vectors {
   using Wide = typename StorageTraits<R>::Wide;
   const Job& job;
   R* const scratch;
+  const ColumnLanes<R> columns;
+  const int at_once;  // vectors, in lanes
 
   int64_t per_component() const { return by_columns(job) ? job.geometry->p : 1; }
   double scale_of(int64_t vector) const { return job.scale(vector / per_component()); }
@@ -92,34 +94,57 @@ class Vectors {
     });
   }
 
+  // f(vector, width) over the vectors of a component, `at_once` at a time.
+  template <class F>
+  MK_FN void each(int64_t k, const F& f) const {
+    const int64_t end = (k + 1) * per_component();
+    for (int64_t v = k * per_component(); v < end; v += at_once) f(v, int(end - v < at_once ? end - v : at_once));
+  }
+
   // All vectors of a component, or none: false where one is to stay as it is.
   bool measure_component(int64_t k, Partial* out, VectorState* states) const {
-    const int64_t from = k * per_component(), to = from + per_component();
     double square = 0;
-    for (int64_t v = from; v < to; v++) {
-      if (!measure(v, states[v])) {
-        for (int64_t other = from; other < to; other++) states[other].skipped = true;
-        out->nonfinite++;
-        return false;
+    bool steps = true;
+    each(k, [&](int64_t begin, int width) {
+      const bool measured = at_once > 1 && columns.measure(begin, width, job.scale(k), states + begin);
+      for (int64_t v = begin; v < begin + width; v++) {
+        if (!measured) steps = steps && measure(v, states[v]);
+        square += states[v].square;
       }
-      square += states[v].square;
+    });
+    if (steps) {
+      out->square += square;
+    } else {
+      out->nonfinite++;
+      for (int64_t v = k * per_component(); v < (k + 1) * per_component(); v++) states[v].skipped = true;
     }
-    out->square += square;
-    return true;
+    return steps;
+  }
+
+  void store_component_momentum(int64_t k) const {
+    each(k, [&](int64_t begin, int width) {
+      if (at_once > 1) return columns.store_momentum(begin, width);
+      store_momentum(begin);
+    });
   }
 
   void retract_component(int64_t k, double step, const VectorState* states, bool stored) const {
-    for (int64_t v = k * per_component(); v < (k + 1) * per_component(); v++) retract(v, step, states[v], stored);
+    each(k, [&](int64_t begin, int width) {
+      if (at_once > 1 && columns.retract(begin, width, job.scale(k), step, states + begin, stored)) return;
+      for (int64_t v = begin; v < begin + width; v++) retract(v, step, states[v], stored);
+    });
   }
 
  public:
-  Vectors(const Job& job, void* scratch) : job(job), scratch(static_cast<R*>(scratch)) {}
+  Vectors(const Job& job, void* scratch)
+      : job(job),
+        scratch(static_cast<R*>(scratch)),
+        columns(job, this->scratch),
+        at_once(ColumnLanes<R>::fits(job) ? Pack<R>::lanes : 1) {}
 
   void first(int64_t from, int64_t to, Partial* out, VectorState* states) const {
-    for (int64_t k = from; k < to; k++) {
-      if (!measure_component(k, out, states) || !job.momentum) continue;
-      for (int64_t v = k * per_component(); v < (k + 1) * per_component(); v++) store_momentum(v);
-    }
+    for (int64_t k = from; k < to; k++)
+      if (measure_component(k, out, states) && job.momentum) store_component_momentum(k);
   }
 
   void second(int64_t from, int64_t to, double step, const VectorState* states) const {
