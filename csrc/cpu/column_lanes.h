@@ -108,16 +108,16 @@ class ColumnLanes {
     qq.store(norm);
     qm.store(inner);
     dd.store(square);
-    const double least = quick ? 1e-24 : 0, most = quick ? 1e30 : fast_square();
-    const double unit = 1 / scale;
+    const double unit = 1 / scale, most = fast_square();
+    const auto in_range = [most](double x) { return x <= most && (!quick || in_float_range(x)); };
     bool fits = true;
-    for (int c = 0; c < width; c++) {
-      fits &= norm[c] >= least && norm[c] <= most && square[c] >= least && square[c] <= most;
+    for (int c = 0; c < width; c++) fits &= in_range(norm[c]) && in_range(square[c]);
+    for (int c = 0; c < lanes; c++) {  // all of them: in registers
       norm[c] *= unit * unit;
       inner[c] *= unit;
       tangent[c] = sphere::tangent_square(norm[c], inner[c], square[c]);
-      fits &= tangent[c] >= square[c] * least_tangent;
     }
+    for (int c = 0; c < width; c++) fits &= tangent[c] >= square[c] * least_tangent;
     if (!fits) return false;
     for (int c = 0; c < width; c++) states[c] = {norm[c], inner[c], tangent[c], false, false};
     return true;
@@ -166,15 +166,25 @@ class ColumnLanes {
   // As SphereVector::retract. False, with nothing written, where the columns are left to another.
   bool retract(int64_t vector, int width, double scale, double step, const VectorState* states, bool stored) const {
     const double v = -step / scale;
-    R alpha[lanes] = {}, beta[lanes] = {};
+    double qq[lanes] = {}, qm[lanes] = {}, square[lanes] = {};
     bool fits = true;
     for (int c = 0; c < width; c++) {
-      const auto [qq, qm, square, skipped, wide] = states[c];
-      const auto arc = job.retraction == Retraction::exp ? sphere::exp(v, square) : sphere::projection(v);
-      const auto end = sphere::combination(arc, qq, qm, square);
+      qq[c] = states[c].qq;
+      qm[c] = states[c].qm;
+      square[c] = states[c].square;
+      fits &= !states[c].wide && v * v * square[c] <= double(Limits<R>::huge_square);
+    }
+    if (!fits) return false;
+    sphere::Arc<double> arc[lanes];
+    for (int c = 0; c < lanes; c++) arc[c] = sphere::projection(v);
+    if (job.retraction == Retraction::exp)
+      for (int c = 0; c < width; c++) arc[c] = sphere::exp(v, square[c]);
+    R alpha[lanes], beta[lanes];
+    for (int c = 0; c < lanes; c++) {
+      const auto end = sphere::combination(arc[c], qq[c], qm[c], square[c]);
       alpha[c] = R(end.a);
       beta[c] = R(scale * end.b);
-      fits &= !wide && v * v * square <= double(Limits<R>::huge_square) && !(abs(arc.b * qm) > 0.5);
+      fits &= !(abs(arc[c].b * qm[c]) > 0.5);
     }
     if (!fits) return false;
     const Pack<R> a = Pack<R>::load(alpha), b = Pack<R>::load(beta);
