@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -14,6 +13,7 @@
 #include "cpu/driver.h"
 #include "cpu/geometry.h"
 #include "cpu/library.h"
+#include "front.h"
 
 namespace mk {
 namespace {
@@ -91,9 +91,11 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   }
 
   // One geometry a parameter; Stiefel matrices with n < p have one of their own.
-  std::vector<std::unique_ptr<Parameter>> upright(count), transposed(count);
+  std::vector<std::optional<Parameter>> upright(count), transposed(count);
   std::vector<Job> jobs, library_jobs;
   std::vector<int64_t> job_parameter, library_parameter;
+  jobs.reserve(groups.size(0));
+  job_parameter.reserve(groups.size(0));
   const GroupRow* rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<int64_t>());
   const Hyper* terms = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>());
   int64_t norm = 0, next_norm = 0;  // where the row's entries in `norms` start and end
@@ -106,14 +108,14 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     if (!grad[i].defined() || row.count == 0) continue;
     const at::Tensor& weight = params[i];
     const Layout layout{View(row.view), row.out_dim, row.channel_groups, row.rows};
-    if (!upright[i]) upright[i] = std::make_unique<Parameter>(weight, grad[i], layout, false);
-    const Parameter* parameter = upright[i].get();
+    if (!upright[i]) upright[i].emplace(weight, grad[i], layout, false);
+    const Parameter* parameter = &*upright[i];
     Job job{};
     job.manifold = ManifoldCode(row.manifold);
     job.retraction = Retraction(row.retraction);
     if (job.manifold == ManifoldCode::stiefel && parameter->geometry.n < parameter->geometry.p) {
-      if (!transposed[i]) transposed[i] = std::make_unique<Parameter>(weight, grad[i], layout, true);
-      parameter = transposed[i].get();
+      if (!transposed[i]) transposed[i].emplace(weight, grad[i], layout, true);
+      parameter = &*transposed[i];
     }
     simplify(job.manifold, job.retraction, parameter->geometry);
     TORCH_CHECK_VALUE(row.listed || row.first <= parameter->geometry.count - row.count, "groups: row ", r,
@@ -234,7 +236,10 @@ pybind11::dict codes() {
 TORCH_LIBRARY_IMPL(manifold_kernels, CPU, m) { m.impl("step_", &mk::step_); }
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of the compiled kernels; the operators are registered with torch.";
+  m.doc() =
+      "The compiled kernels: build information, and the operator as Python calls it. Operators are registered with "
+      "torch.";
   m.def("build_info", &mk::build_info);
   m.def("codes", &mk::codes);
+  mk::define_front(m);
 }

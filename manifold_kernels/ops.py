@@ -163,7 +163,8 @@ def in_graphs(step: Step) -> Step:
         if step.__module__.startswith(f"manifold_kernels.{backend}"):
             operator: Step = getattr(torch.ops.manifold_kernels, f"{backend}_step_").default
             return operator
-    return step
+    operator = torch.ops.manifold_kernels.step_.default
+    return operator
 
 
 def resolve(backend: str, device: torch.device) -> Step:
@@ -193,5 +194,5 @@ def resolve(backend: str, device: torch.device) -> Step:
     if device.type != backend:  # "cpu" or "cuda"
         where = {"cpu": "the CPU", "cuda": "a GPU"}[backend]
         raise ValueError(f"backend: {backend!r} needs parameters on {where}, got {device}. Use backend='auto'.")
-    step: Step = torch.ops.manifold_kernels.step_.default
+    step: Step = importlib.import_module("manifold_kernels._C").step_  # the operator, called with less ado
     return step

@@ -103,6 +103,53 @@ def test_larger_stiefel_matrices(size: tuple[int, int], dtype: torch.dtype) -> N
         check(case, steps=2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", [*LARGER, (400, 17)], ids=str)
+def test_larger_oblique_matrices(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Columns in lanes, with every remainder of a register, where rows lie one after the other; else one by one."""
+    options = itertools.cycle(MOMENTA)
+    turn = itertools.cycle(itertools.product((False, True), STEP_SIZES, (1.0, "each")))
+    retractions = itertools.cycle(BY_NAME["oblique"].retractions)
+    for arrangement, grads in zip(ARRANGEMENTS, ARRANGEMENTS[1:] + ARRANGEMENTS[:1], strict=True):
+        individual, step_size, scale = next(turn)
+        case = one_group(
+            "oblique",
+            next(retractions),
+            (1, 3, *size),
+            KERNEL,
+            dtype=dtype,
+            scale=scale,
+            arrangement=arrangement,
+            grad_arrangement=grads,
+            individual=individual,
+            step_size=step_size,
+            hyper={"lr": 0.5, **next(options)},
+            grad_size=1 / math.sqrt(size[0]),
+        )
+        check(case, steps=2)
+
+
+class OddColumns(Case):
+    """Gradients of which one column is zero, one stands on its sphere and one is beyond closed forms in float."""
+
+    def gradient(self, generator: torch.Generator) -> torch.Tensor:
+        grad = super().gradient(generator)
+        grad[..., 0] = 0
+        grad[..., 1] = 2 * self.weight[..., 1]
+        grad[..., 2] *= 1e3 if grad.dtype == torch.float16 else 1e17
+        return grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("retraction", BY_NAME["oblique"].retractions)
+@pytest.mark.parametrize("options", MOMENTA, ids=str)
+def test_odd_columns_beside_others(options: dict[str, float], retraction: str, dtype: torch.dtype) -> None:
+    for step_size in STEP_SIZES:
+        hyper = {"lr": 0.5, **options}
+        case = one_group("oblique", retraction, (1, 2, 64, 20), KERNEL, dtype=dtype, step_size=step_size, hyper=hyper)
+        check(OddColumns(**vars(case)), steps=2)
+
+
 @pytest.mark.parametrize("length", [1e-3, 1.0, 2.9, 3.1, 30.0, 85.0, 100.0, 1e4])
 @pytest.mark.parametrize("size", [(17, 17), (64, 32), (33, 20), (128, 128), (100, 7), (210, 190)], ids=str)
 def test_larger_matrices_are_judged_as_lapack_judges(size: tuple[int, int], length: float) -> None:

@@ -157,6 +157,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
   const Kernels& k = kernels();
   std::vector<Work> work(jobs.size());
   std::vector<Task> tasks, second_tasks;
+  tasks.reserve(jobs.size());
   size_t scratch_bytes = 0;
 
   for (int j = 0; j < int(jobs.size()); j++) {
@@ -170,9 +171,10 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     int64_t chunk = (chunk_elements / std::max<int64_t>(unit_elements, 1) + 15) / 16 * 16;
     if (w.engine == Engine::vectors) {
       chunk = std::max<int64_t>(1, chunk_elements / elements);
-      const int64_t length = job.manifold == ManifoldCode::oblique ? job.geometry->n : elements;
+      const bool columns = job.manifold == ManifoldCode::oblique;
+      const int64_t numbers = columns ? column_scratch * job.geometry->n : vector_scratch * elements;
       const size_t number = job.storage == Storage::float64 ? sizeof(double) : sizeof(float);
-      scratch_bytes = std::max(scratch_bytes, size_t(vector_scratch * length) * number);
+      scratch_bytes = std::max(scratch_bytes, size_t(numbers) * number);
       if (job.rule == Rule::fg_sgd) w.states.resize(size_t(job.count * vectors_per_component(job)));
     }
     const bool shared = is_shared(job), by_team = w.engine == Engine::matrices && elements > team_elements;
@@ -250,6 +252,7 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     w.nonfinite += partials[i].nonfinite;
   }
   std::vector<int64_t> nonfinite;
+  nonfinite.reserve(jobs.size());
   for (size_t j = 0; j < jobs.size(); j++) {
     if (is_shared(jobs[j]) && !work[j].settled) settle(jobs[j], work[j]);
     nonfinite.push_back(work[j].nonfinite);

@@ -1,5 +1,7 @@
 #include "cpu/geometry.h"
 
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
 
 namespace mk {
@@ -9,7 +11,7 @@ struct Dim {
   int64_t size, weight, grad;
 };
 
-using Dims = std::vector<Dim>;
+using Dims = c10::SmallVector<Dim, 8>;  // a step makes some for every parameter: without a heap
 
 // Drops dimensions of size 1 and joins neighbours that both tensors walk in one stride.
 Dims joined(const Dims& dims) {
@@ -69,10 +71,10 @@ Geometry geometry_of(const at::Tensor& weight, const at::Tensor& grad, const Lay
                         " outputs, got ", layout.rows, ".");
       batch = {group, {out.size / layout.rows, layout.rows * out.weight, layout.rows * out.grad}};
       rows = {{layout.rows, out.weight, out.grad}, in};
-      rows.insert(rows.end(), kernel.begin(), kernel.end());
+      rows.append(kernel.begin(), kernel.end());
     } else if (layout.view == View::matrix) {
       rows = {in};
-      rows.insert(rows.end(), kernel.begin(), kernel.end());
+      rows.append(kernel.begin(), kernel.end());
       columns = {group, out};
     } else {
       if (kernel.size() != 2)
@@ -92,7 +94,7 @@ Geometry geometry_of(const at::Tensor& weight, const at::Tensor& grad, const Lay
   g.n = product(rows);
   g.p = product(columns);
   Dims elements = rows;
-  elements.insert(elements.end(), columns.begin(), columns.end());
+  elements.append(columns.begin(), columns.end());
   g.dense = fills_memory(elements);
   g.dense_columns = fills_memory(rows);
   batch = joined(batch);
@@ -116,13 +118,13 @@ Geometry geometry_of(const at::Tensor& weight, const at::Tensor& grad, const Lay
 }
 
 std::vector<int64_t> offsets_of(const Geometry& geometry, const int64_t* stride) {
-  std::vector<int64_t> offsets{0};
-  for (int d = geometry.batch_dims; d < geometry.dims; d++) {
-    std::vector<int64_t> next;
-    next.reserve(offsets.size() * size_t(geometry.size[d]));
-    for (const int64_t offset : offsets)
-      for (int64_t k = 0; k < geometry.size[d]; k++) next.push_back(offset + k * stride[d]);
-    offsets = std::move(next);
+  std::vector<int64_t> offsets;
+  offsets.reserve(size_t(geometry.elements()));
+  offsets.push_back(0);
+  for (int d = geometry.dims - 1; d >= geometry.batch_dims; d--) {
+    const size_t inner = offsets.size();
+    for (int64_t k = 1; k < geometry.size[d]; k++)
+      for (size_t e = 0; e < inner; e++) offsets.push_back(offsets[e] + k * stride[d]);
   }
   return offsets;
 }

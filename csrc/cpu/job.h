@@ -74,7 +74,10 @@ struct Job {
 constexpr int64_t lane_elements = 256;
 constexpr int64_t short_vector = 64;
 
+// Arrays of a vector's length that its step needs.
 constexpr int vector_scratch = 4;
+// The same for columns in lanes of any instruction set.
+constexpr int column_scratch = 3 * 16;
 
 // Numbers of a matrix with the padding of any instruction set, and of all that a step needs beside its 2 (n + p)
 // offsets.
@@ -120,7 +123,8 @@ struct Kernels {
   void (*lanes_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* skipped);
   bool (*lanes_group)(const Job&, Partial*);
   // Long vectors: the columns of oblique components, else whole components. Components [begin, end); `states` has one
-  // entry a vector of the job; `scratch` has vector_scratch arrays of a vector's length in the arithmetic type.
+  // entry a vector of the job; `scratch` has vector_scratch arrays of a vector's length in the arithmetic type, or
+  // column_scratch where vectors are columns.
   void (*vectors_whole)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
   void (*vectors_first)(const Job&, int64_t begin, int64_t end, Partial*, VectorState* states, void* scratch);
   void (*vectors_second)(const Job&, int64_t begin, int64_t end, double step, const VectorState* states, void* scratch);

@@ -65,11 +65,49 @@ class Sum {
       high = fma(upper(a), upper(b), high);
     }
   }
+  MK_FN void fold() {}
   MK_FN Scalar value() const {
     if constexpr (packable<R>) return total(low) + total(high) + rest;
     return rest;
   }
 };
+
+// The same of floats: up to `folding` products a lane are added in float before they go on in double. Good to a few
+// roundings of a float, where the sum is `in_float_range`.
+class QuickSum {
+  Sum<float> folded;
+  Pack<float> now{0};
+
+ public:
+  MK_FN void add(float a, float b) { folded.add(a, b); }
+  MK_FN void add(Pack<float> a, Pack<float> b) { now = fma(a, b, now); }
+  MK_FN void fold() {
+    folded.add(now, Pack<float>(1));
+    now = Pack<float>(0);
+  }
+  MK_FN double value() const { return folded.value(); }
+};
+
+// No product that counts is lost below the range of floats, and none is beyond it.
+MK_FN bool in_float_range(double sum_of_squares) { return sum_of_squares >= 1e-24 && sum_of_squares <= 1e30; }
+
+constexpr int folding = 16;
+
+// sweep() with sums that are to fold.
+template <class R, class F, class... Sums>
+MK_FN void sweep_sums(int64_t n, const F& f, Sums&... sums) {
+  int64_t i = 0;
+  if constexpr (packable<R>) {
+    constexpr int lanes = Pack<R>::lanes;
+    for (; i + folding * lanes <= n; i += folding * lanes) {
+      for (int64_t j = i; j < i + folding * lanes; j += lanes) f(j, Pack<R>{});
+      (sums.fold(), ...);
+    }
+    for (; i + lanes <= n; i += lanes) f(i, Pack<R>{});
+    (sums.fold(), ...);
+  }
+  for (; i < n; i++) f(i, R{});
+}
 
 // Where vector v of a job starts and how its elements lie: the dimensions [from, to) of the geometry.
 struct Span {

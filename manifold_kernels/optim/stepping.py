@@ -77,13 +77,12 @@ class Stepping(Planned):
 
     def _look_at(self, grads: list[Tensor | None], found_inf: Tensor | None) -> None:
         """Raise ``ValueError`` for a gradient that a step must not see."""
-        idle = False
-        for grad in grads:
-            idle = idle or grad is None
-            if grad is not None and grad.layout is not torch.strided:
-                self._refuse_layout(grads)
-        if idle and not torch.compiler.is_compiling():
-            self._refuse_replaced(grads)
+        strided = torch.strided
+        usual = [grad for grad in grads if grad is not None and grad.layout is strided]
+        if len(usual) < len(grads):
+            self._refuse_layout(grads)
+            if not torch.compiler.is_compiling():
+                self._refuse_replaced(grads)
         # A gradient scaler that has found infinities skips the step by itself.
         if self._raise_nonfinite and not (found_inf is not None and bool(found_inf)):
             self._refuse_nonfinite(grads)
