@@ -356,6 +356,19 @@ def gradients_cut_otherwise(rank: int) -> list[Tensor]:
     return found
 
 
+def average_of_whole_weights() -> str:
+    """An average that has no shards, of a model that has."""
+    model = layers()
+    optimizer = GATHERED["matrices"](model, cut_matrices="gather")
+    average = AveragedModel(model)
+    cut(model, optimizer, "outputs")
+    try:
+        project_average_(average, optimizer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def zero(rank: int) -> list[Tensor]:
     """Every rank steps some of the parameters and tells the others."""
     model = network()
@@ -380,6 +393,7 @@ def two(rank: int, folder: Path) -> dict[str, Any]:
         "cut": cut_matrices(),
         "gathered": {(name, how): gathered(name, how) for name in GATHERED for how in CUTS},
         "gathered training": gathered_training(),
+        "whole average": average_of_whole_weights(),
         "gathered around": {how: gathered_around(how) for how in CUTS},
         "gathered, saved": saved_gathered(folder, save=True),
         "gradients": gradients_cut_otherwise(rank),

@@ -138,7 +138,7 @@ def test_threads_under_sanitizers(tmp_path: Path) -> None:
     said = tmp_path / "said"
     options = {
         "LD_PRELOAD": first,
-        "TSAN_OPTIONS": f"ignore_noninstrumented_modules=1 exitcode=66 log_path={said}",
+        "TSAN_OPTIONS": f"ignore_noninstrumented_modules=1 halt_on_error=1 exitcode=66 log_path={said}",
         "ATEN_CPU_CAPABILITY": "default",  # masked loads of wider instruction sets are not watched
     }
     for name, case in CASES.items():

@@ -193,6 +193,12 @@ def test_what_else_writes_gathered_matrices(how: str, ranks: tuple[Path, list[Fo
         assert torch.equal(found["gathered around"][how]["rescaled"], expected["rescaled"])
 
 
+def test_an_average_without_shards_is_refused(ranks: tuple[Path, list[Found]]) -> None:
+    """What a plan says of shards is nothing about whole weights."""
+    for found in ranks[1]:
+        assert "average: wanted 0.weight in shards" in found["whole average"]
+
+
 def test_gathered_matrices_go_on_over_another_number_of_ranks(
     ranks: tuple[Path, list[Found]], three_ranks: list[Found]
 ) -> None:
