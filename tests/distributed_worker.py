@@ -1,6 +1,6 @@
-"""One of two processes of ``test_distributed.py``: ``python distributed_worker.py RANK FOLDER``.
+"""One of two or three processes of ``test_distributed.py``: ``python distributed_worker.py RANK WORLD FOLDER``.
 
-They meet in a file, talk over gloo, and leave what they found in ``FOLDER/RANK.pt``.
+They meet in a file, talk over gloo, and leave what they found in ``FOLDER/RANK-of-WORLD.pt``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from manifold_kernels import FGSGD, AdamG, param_groups, partition
+from manifold_kernels import FGSGD, PSISGD, AdamG, param_groups, partition
+from manifold_kernels.manifolds import Euclidean
+from manifold_kernels.optim import ManifoldOptimizer, project_average_
 
 WORLD = 2
 
@@ -186,6 +189,186 @@ def cut_matrices() -> str:
     return ""
 
 
+def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Matrices of five, seven and eight rows and columns, and of two for three ranks."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(5, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 7), nn.Linear(7, 2)
+    ).to(dtype)
+
+
+def unit_rows(model: nn.Module, **settings: Any) -> AdamG:
+    groups = param_groups(model, {"manifold": "grassmann", "view": "filter"}, linear="grassmann")
+    return AdamG(groups, lr=0.05, **settings)
+
+
+def pairs_of_rows(model: nn.Module, **settings: Any) -> PSISGD:
+    """Vectors of two filters: shards of four filters leave them whole, shards of three do not."""
+    pairs = {"params": [("0.weight", model[0].weight)], "manifold": "scale_invariant", "rows": 2}
+    others = [(name, parameter) for name, parameter in model.named_parameters() if name != "0.weight"]
+    return PSISGD([pairs, {"params": others}], lr=0.1, momentum=0.9, **settings)
+
+
+#: Optimizers whose matrices shards cut, by what is particular about them.
+GATHERED: dict[str, Any] = {
+    "matrices": lambda model, **rest: FGSGD(
+        param_groups(model, {"manifold": "stiefel", "view": "matrix"}, linear="stiefel"),
+        lr=0.5,
+        momentum=0.9,
+        diagnostics=True,
+        **rest,
+    ),
+    "pio": lambda model, **rest: FGSGD(
+        partition(model, "pio", ["sphere", "oblique", None], seed=2), lr=0.5, diagnostics=True, **rest
+    ),
+    "rows": unit_rows,
+    "pairs": pairs_of_rows,
+    "masters": lambda model, **rest: FGSGD(
+        param_groups(model.bfloat16(), None, linear={"manifold": "oblique"}),
+        lr=torch.tensor(0.5),
+        momentum=0.9,
+        master_weights=True,
+        diagnostics=True,
+        **rest,
+    ),
+}
+
+#: How weights are cut; norms and biases are cut along the only dimension that they have, or not at all.
+CUTS = {"outputs": Shard(0), "inputs": Shard(1)}
+
+
+def cut(model: nn.Module, optimizer: ManifoldOptimizer, how: str) -> nn.Module:
+    """``model`` with ``DTensor`` parameters, made of its own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placed = CUTS[how] if parameter.dim() > 1 or how == "outputs" else Replicate()
+            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placed])))
+    optimizer.rebind(model)
+    return model
+
+
+def given_steps(model: nn.Module, optimizer: ManifoldOptimizer, numbers: range) -> None:
+    """Steps along given gradients; in the second of them the last matrix has none."""
+    for number in numbers:
+        for at, (parameter, grad) in enumerate(zip(model.parameters(), gradients(model, number), strict=True)):
+            grad = grad.to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
+            parameter.grad = None if (number, at) == (1, 5) else grad
+        optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: ManifoldOptimizer) -> list[Tensor]:
+    """Weights and all that is kept beside them."""
+    states = [optimizer.state[parameter] for parameter in model.parameters()]
+    kept = [whole(state[name]) for state in states for name in sorted(state)]
+    counts = torch.tensor(optimizer.nonfinite_count())
+    return [*(whole(parameter) for parameter in model.parameters()), *kept, counts]
+
+
+def norms_of_matrices(optimizer: ManifoldOptimizer) -> Tensor:
+    """R of the groups of weights on manifolds."""
+    if not isinstance(optimizer, FGSGD):
+        return torch.empty(0)
+    found = optimizer.diagnostics()
+    manifolds = [group["manifold"] for group in optimizer.param_groups for _ in group["params"]]
+    return found.norm[[not isinstance(manifolds[at], Euclidean) for at in found.parameter.tolist()]].clone()
+
+
+def gathered(name: str, how: str) -> dict[str, Any]:
+    """Three steps of matrices that are cut."""
+    model = layers()
+    optimizer = GATHERED[name](model, cut_matrices="gather")
+    cut(model, optimizer, how)
+    given_steps(model, optimizer, range(3))
+    found = {"states": everything(model, optimizer), "norms": norms_of_matrices(optimizer)}
+    optimizer.check()
+    return found
+
+
+def gathered_training() -> list[Tensor]:
+    """Forward, backward and step of a fully sharded model; every rank has the same batch, so that means are exact."""
+    model = layers().eval()
+    optimizer = GATHERED["matrices"](model, cut_matrices="gather")
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer.rebind(model)
+    train_layers(model, optimizer)
+    return everything(model, optimizer)
+
+
+def train_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for number in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 5, 5, 5, generator=torch.Generator().manual_seed(number))
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def gathered_around(how: str) -> dict[str, Any]:
+    """What else writes matrices: an average put back on its manifolds, and other scales."""
+    model = layers()
+    optimizer = GATHERED["matrices"](model, cut_matrices="gather")
+    cut(model, optimizer, how)
+    return around(model, optimizer)
+
+
+def around(model: nn.Module, optimizer: FGSGD) -> dict[str, Any]:
+    average = AveragedModel(model)
+    given_steps(model, optimizer, range(3))
+    average.update_parameters(model)
+    project_average_(average, optimizer)
+    optimizer.rescale(model[0].weight, 0.5)
+    optimizer.check()
+    return {"average": [whole(p) for p in average.module.parameters()], "rescaled": whole(model[0].weight)}
+
+
+def saved_gathered(folder: Path, save: bool) -> list[Tensor]:
+    """Two steps, saved, and a third; or loaded, by another number of ranks, and a third."""
+    out = []
+    for name in ("matrices", "rows"):
+        model = layers()
+        optimizer = GATHERED[name](model, cut_matrices="gather")
+        cut(model, optimizer, "inputs")
+        if save:
+            given_steps(model, optimizer, range(2))
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        if save:
+            dcp.save(state, checkpoint_id=str(folder / f"gathered-{name}"))
+        else:
+            dcp.load(state, checkpoint_id=str(folder / f"gathered-{name}"))
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        given_steps(model, optimizer, range(2, 3))
+        out += everything(model, optimizer)
+    return out
+
+
+def gradients_cut_otherwise(rank: int) -> list[Tensor]:
+    """A gradient that is a sum over ranks still to be taken, of a weight that all have and of one that is cut."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    found = []
+    for placed in (Replicate(), Shard(0)):
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [placed]))
+        optimizer = FGSGD([weight], lr=1.0)
+        weight.grad = DTensor.from_local(torch.full((4, 3), 1.0 + rank), mesh, [Partial()])
+        optimizer.step()
+        found.append(whole(weight))
+    return found
+
+
+def average_of_whole_weights() -> str:
+    """An average that has no shards, of a model that has."""
+    model = layers()
+    optimizer = GATHERED["matrices"](model, cut_matrices="gather")
+    average = AveragedModel(model)
+    cut(model, optimizer, "outputs")
+    try:
+        project_average_(average, optimizer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def zero(rank: int) -> list[Tensor]:
     """Every rank steps some of the parameters and tells the others."""
     model = network()
@@ -201,20 +384,37 @@ def zero(rank: int) -> list[Tensor]:
     return [whole(parameter) for parameter in model.parameters()]
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
-    found = {
+def two(rank: int, folder: Path) -> dict[str, Any]:
+    return {
         "ddp": replicas(rank),
         **{name: shards_with_given_gradients(name) for name in ("layer", "pio")},
         "fsdp": fully_sharded(rank, folder),
         "rows": sharded_rows(folder),
         "cut": cut_matrices(),
+        "gathered": {(name, how): gathered(name, how) for name in GATHERED for how in CUTS},
+        "gathered training": gathered_training(),
+        "whole average": average_of_whole_weights(),
+        "gathered around": {how: gathered_around(how) for how in CUTS},
+        "gathered, saved": saved_gathered(folder, save=True),
+        "gradients": gradients_cut_otherwise(rank),
         "zero": zero(rank),
     }
-    torch.save(found, folder / f"{rank}.pt")
+
+
+def three(rank: int, folder: Path) -> dict[str, Any]:
+    return {
+        "gathered": {(name, how): gathered(name, how) for name in ("matrices", "rows", "pairs") for how in CUTS},
+        "gathered, saved": saved_gathered(folder, save=False),
+    }
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / f'meeting-of-{world}'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    torch.save({2: two, 3: three}[world](rank, folder), folder / f"{rank}-of-{world}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

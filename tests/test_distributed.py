@@ -1,4 +1,4 @@
-"""Two processes over gloo beside one: replicas, shards, ZeRO and distributed checkpoints."""
+"""Two and three processes over gloo beside one: replicas, shards, ZeRO and distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ import distributed_worker as worker
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """What the two processes found, and their folder."""
-    folder = tmp_path_factory.mktemp("ranks")
+Found = dict[str, Any]
+
+
+def run(folder: Path, world: int) -> list[Found]:
+    """What so many processes found."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -37,12 +38,27 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     }
     command = [sys.executable, str(HERE / "distributed_worker.py")]
     processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True, env=environment)
-        for rank in range(worker.WORLD)
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(world)
     ]
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), errors
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(worker.WORLD)]
+    return [torch.load(folder / f"{rank}-of-{world}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Found]]:
+    """What the two processes found, and their folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, run(folder, worker.WORLD)
+
+
+@pytest.fixture(scope="module")
+def three_ranks(ranks: tuple[Path, list[Found]]) -> list[Found]:
+    """What three processes found, which have the folder of the two."""
+    return run(ranks[0], 3)
 
 
 def close(mine: list[Tensor], theirs: list[Tensor], roundings: float) -> None:
@@ -50,7 +66,7 @@ def close(mine: list[Tensor], theirs: list[Tensor], roundings: float) -> None:
         assert torch.allclose(one, other, rtol=0, atol=roundings * torch.finfo(torch.float32).eps)
 
 
-def test_replicas_stay_equal_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_replicas_stay_equal_to_the_bit(ranks: tuple[Path, list[Found]]) -> None:
     mine, theirs = (found["ddp"] for found in ranks[1])
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
 
@@ -69,7 +85,7 @@ def alone(name: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", worker.OPTIMIZERS)
-def test_shards_step_as_the_whole(name: str, ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_shards_step_as_the_whole(name: str, ranks: tuple[Path, list[Found]]) -> None:
     """The same gradients in shards: R of groups over both ranks is that of the whole, and so are the weights.
 
     R is a sum of about 90 squares in float32 per rank whose order differs: 1e-5 of it. Four steps of lr/tau R < 0.21
@@ -89,7 +105,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: ran
         optimizer.step()
 
 
-def test_a_fully_sharded_training_is_that_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_fully_sharded_training_is_that_of_one_process(ranks: tuple[Path, list[Found]]) -> None:
     """Each rank sees half of the batch; gradients are averages, so that one process with all of it takes the same five
     steps but for rounding, which five steps of a smooth net amplify by less than ten."""
     model = worker.network()
@@ -100,13 +116,13 @@ def test_a_fully_sharded_training_is_that_of_one_process(ranks: tuple[Path, list
         close(found["fsdp"]["params"], [p.detach() for p in model.parameters()], roundings=1000)
 
 
-def test_a_distributed_checkpoint_resumes_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_distributed_checkpoint_resumes_to_the_bit(ranks: tuple[Path, list[Found]]) -> None:
     for found in ranks[1]:
         pairs = zip(found["fsdp"]["params"], found["fsdp"]["resumed"], strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_a_distributed_checkpoint_goes_on_in_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_distributed_checkpoint_goes_on_in_one_process(ranks: tuple[Path, list[Found]]) -> None:
     """Saved by two ranks, loaded without any: momentum and steps are there, and training goes on as theirs did."""
     folder, (found, _) = ranks
     model = worker.network()
@@ -120,7 +136,7 @@ def test_a_distributed_checkpoint_goes_on_in_one_process(ranks: tuple[Path, list
     close(found["fsdp"]["params"], [p.detach() for p in model.parameters()], roundings=1000)
 
 
-def test_rows_in_shards_have_their_second_moments_in_shards(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_rows_in_shards_have_their_second_moments_in_shards(ranks: tuple[Path, list[Found]]) -> None:
     """Rows do not feel each other: AdamG on shards, through a distributed checkpoint, has the bits of one process."""
     model, optimizer = worker.rows()
     for number in range(3):
@@ -132,12 +148,72 @@ def test_rows_in_shards_have_their_second_moments_in_shards(ranks: tuple[Path, l
             assert torch.equal(mine, theirs)
 
 
-def test_a_view_whose_matrices_are_cut_is_refused(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_view_whose_matrices_are_cut_is_refused(ranks: tuple[Path, list[Found]]) -> None:
     for found in ranks[1]:
         assert "0.weight" in found["cut"] and "'matrix' has matrices over several ranks" in found["cut"]
 
 
-def test_zero_redundancy_steps_as_the_whole(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("how", worker.CUTS)
+@pytest.mark.parametrize("name", worker.GATHERED)
+def test_gathered_matrices_step_as_the_whole(
+    name: str, how: str, ranks: tuple[Path, list[Found]], three_ranks: list[Found]
+) -> None:
+    """Every rank steps the whole matrix: weights, states and R have the bits of one process, whatever the cut."""
+    model = worker.layers()
+    optimizer = worker.GATHERED[name](model)
+    worker.given_steps(model, optimizer, range(3))
+    expected, norms = worker.everything(model, optimizer), worker.norms_of_matrices(optimizer)
+    for found in (*ranks[1], *three_ranks):
+        if (name, how) not in found["gathered"]:
+            continue
+        assert same(found["gathered"][name, how]["states"], expected)
+        if (name, how) != ("pio", "outputs"):  # kernels stay whole there, and their groups lie on several ranks
+            assert torch.equal(found["gathered"][name, how]["norms"], norms)
+
+
+def test_a_fully_sharded_training_of_gathered_matrices_is_that_of_one_process(ranks: tuple[Path, list[Found]]) -> None:
+    """Means of two equal gradients are exact, so that gradients, and all that follows, have the same bits."""
+    model = worker.layers().eval()
+    optimizer = worker.GATHERED["matrices"](model)
+    worker.train_layers(model, optimizer)
+    for found in ranks[1]:
+        assert same(found["gathered training"], worker.everything(model, optimizer))
+
+
+@pytest.mark.parametrize("how", worker.CUTS)
+def test_what_else_writes_gathered_matrices(how: str, ranks: tuple[Path, list[Found]]) -> None:
+    model = worker.layers()
+    expected = worker.around(model, worker.GATHERED["matrices"](model))
+    for found in ranks[1]:
+        assert same(found["gathered around"][how]["average"], expected["average"])
+        assert torch.equal(found["gathered around"][how]["rescaled"], expected["rescaled"])
+
+
+def test_an_average_without_shards_is_refused(ranks: tuple[Path, list[Found]]) -> None:
+    """What a plan says of shards is nothing about whole weights."""
+    for found in ranks[1]:
+        assert "average: wanted 0.weight in shards" in found["whole average"]
+
+
+def test_gathered_matrices_go_on_over_another_number_of_ranks(
+    ranks: tuple[Path, list[Found]], three_ranks: list[Found]
+) -> None:
+    """Saved by two ranks after two steps, and loaded by three: the third step has the same bits."""
+    for found in three_ranks:
+        assert same(found["gathered, saved"], ranks[1][0]["gathered, saved"])
+
+
+def test_gradients_that_are_cut_otherwise_are_brought_in_line(ranks: tuple[Path, list[Found]]) -> None:
+    """1 - (1 + 2), on all ranks."""
+    for found in ranks[1]:
+        assert same(found["gradients"], [torch.full((4, 3), -2.0)] * 2)
+
+
+def test_zero_redundancy_steps_as_the_whole(ranks: tuple[Path, list[Found]]) -> None:
     """ZeRO gives whole parameters to ranks: the same bits."""
     model = worker.network()
     optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.5, momentum=0.9)

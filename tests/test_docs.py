@@ -1,4 +1,4 @@
-"""Tests that the pages name are there, and so are the pages that they link to."""
+"""Tests that the pages name are there, and so are the pages and files that they link to."""
 
 from __future__ import annotations
 
@@ -9,25 +9,44 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+ROOT = HERE.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 
-@pytest.mark.parametrize("page", ["works_with.md", "contract.md"])
-def test_every_row_names_tests_that_exist(page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8")
-    rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
-    rows = [row for row in rows if not row.startswith("| ---")]
-    assert len(rows) > 10
-    for row in rows:
+def rows(page: Path, heading: str) -> list[str]:
+    """The rows of the first table under ``heading``."""
+    section = page.read_text(encoding="utf-8").partition(f"# {heading}\n")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("| ")][2:]
+
+
+def functions_in(file: str) -> list[str]:
+    body = ast.parse((HERE / file).read_text(encoding="utf-8")).body
+    return [each.name for each in body if isinstance(each, ast.FunctionDef)]
+
+
+def test_every_promise_of_the_contract_names_tests_that_exist() -> None:
+    found = rows(ROOT / "docs" / "contract.md", "The contract")
+    assert len(found) > 10
+    for row in found:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
         assert named, row
         for file, test in named:
-            body = ast.parse((HERE / file).read_text(encoding="utf-8")).body
-            assert test in [each.name for each in body if isinstance(each, ast.FunctionDef)], (file, test)
+            assert test in functions_in(file), (file, test)
 
 
-def test_links_between_pages_hold() -> None:
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), (page.name, target)
+def test_everything_it_works_with_links_to_tests_that_exist() -> None:
+    """The README's links read as the names of tests, in words."""
+    found = rows(ROOT / "README.md", "Works with")
+    assert len(found) > 15
+    for row in found:
+        linked = re.findall(r"\[([\w ]+)\]\(tests/(test_\w+\.py)\)", row)
+        assert linked, row
+        for words, file in linked:
+            assert f"test_{words.replace(' ', '_')}" in functions_in(file), (file, words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_hold(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

@@ -11,7 +11,7 @@ HEAVY = ("rich", "numpy.random", "triton", "matplotlib", "mlxtend", "typer", "sc
 
 
 def test_nothing_heavy_is_imported_with_the_package() -> None:
-    """The figure of docs/works_with.md rests on it: the package itself is some dozens of small modules."""
+    """The figure of docs/packaging.md rests on it: the package itself is some dozens of small modules."""
     code = (
         "import sys, subprocess\n"
         "import torch, torch.optim\n"

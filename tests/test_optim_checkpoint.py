@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -271,6 +272,23 @@ def test_a_state_that_does_not_fit_is_refused(spoil: Spoil, message: str) -> Non
     assert_same_bits(model, twin_model)
     assert optimizer.nonfinite_count() == twin.nonfinite_count()
     assert listed(optimizer.state_dict()) == listed(twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [torch.zeros(2, 3), {"groups": 1}, "groups", [torch.zeros(3)], [{"groups": 1}]],
+    ids=["tensor", "dict", "word", "list of tensors", "list of dicts"],
+)
+def test_assignments_are_looked_at_before_they_are_indexed(junk: object) -> None:
+    """Torch warns of a tensor that is indexed by a word, before it raises."""
+    _, optimizer = make("stiefel")
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["assignments"] = junk
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="assignments: wanted a list of dicts of 'groups' and 'manifolds'"):
+            optimizer.load_state_dict(saved)
+    assert not said
 
 
 def test_a_state_of_another_rule_is_refused() -> None:

@@ -83,6 +83,7 @@ NUMBERS = [
     (FGSGD, {"lr": 0.1, "manifold": "torus"}, "manifold: wanted a Manifold, None or one of"),
     (FGSGD, {"lr": 0.1, "manifold": ScaleInvariant()}, "manifold: FGSGD wants one of .* got 'scale_invariant'"),
     (FGSGD, {"lr": 0.1, "nonfinite": "ignore"}, "nonfinite: wanted 'skip' or 'raise'"),
+    (PSISGD, {"lr": 0.1, "cut_matrices": True}, "cut_matrices: wanted 'raise' or 'gather', got True"),
     (FGSGD, {"lr": 0.1, "backend": "abacus"}, "backend: wanted"),
     (PSISGD, {"lr": 0.1, "guard": 0.0}, "guard: wanted"),
     (PSISGD, {"lr": 0.1, "manifold": Sphere()}, "manifold: PSISGD wants"),

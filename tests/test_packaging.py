@@ -3,16 +3,23 @@
 Builds run in a copy of the checkout. A script stands in for the compiler where only its commands matter.
 """
 
+import fnmatch
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from manifold_kernels import ops
 
 ROOT = Path(__file__).parent.parent
 KERNEL_PLATFORM = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
@@ -69,6 +76,13 @@ SDIST = "from setuptools import build_meta; build_meta.build_sdist('dist')"
 UNAIDED = "import sys; sys.meta_path[:] = [one for one in sys.meta_path if 'editable' not in repr(one).lower()]; "
 NO_TORCH = "import sys; sys.modules['torch'] = None; "
 BUILD = "import runpy, sys; sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py')"
+
+
+def configuration() -> dict[str, Any]:
+    """``pyproject.toml``."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    parsed: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return parsed
 
 
 def commands(tree: Path) -> list[str]:
@@ -170,6 +184,35 @@ def test_sdist_needs_no_torch_and_no_compiler_and_has_everything(tree: Path) -> 
     }
     wanted |= {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "manifold_kernels/py.typed"}
     assert wanted <= packed
+
+
+def test_wheels_leave_out_the_libraries_that_torch_has() -> None:
+    """A second libgomp in the process would have threads and settings of its own."""
+    if ops.extension_error() is not None or shutil.which("readelf") is None:
+        pytest.skip("there is no extension to look at, or no readelf to do it with")
+    listed = subprocess.run(
+        ["readelf", "-d", str(import_module("manifold_kernels._C").__file__)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", listed))
+    of_torch = {path.name for path in Path(torch.__file__).parent.glob("lib/*.so*")}
+    command = configuration()["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"]
+    excluded = re.findall(r"--exclude '(.+?)'", command)
+    assert any(name.startswith("libgomp") for name in needed & of_torch)
+    for name in needed & of_torch:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in excluded), name
+
+
+def test_wheels_are_built_and_tested_with_one_torch() -> None:
+    """The version in two places of cibuildwheel's table, of the Makefile, and in range of what is installed with it."""
+    wheels = configuration()["tool"]["cibuildwheel"]
+    (built,) = re.findall(r"torch==(\S+)", wheels["before-build"])
+    assert wheels["test-requires"] == [f"torch=={built}"]
+    assert f"TORCH ?= torch=={built}" in (ROOT / "Makefile").read_text().splitlines()
+    (minimum,) = re.findall(r"torch>=(\S+)", " ".join(configuration()["project"]["dependencies"]))
+    assert torch.torch_version.TorchVersion(built) >= minimum
 
 
 @pytest.mark.long

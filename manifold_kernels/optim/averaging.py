@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from manifold_kernels.optim import constraint
+from manifold_kernels.optim import constraint, gathering
 from manifold_kernels.optim.base import ManifoldOptimizer
-from manifold_kernels.optim.operands import local
+from manifold_kernels.optim.operands import is_sharded
 
 
 @torch.no_grad()
@@ -23,7 +23,8 @@ def project_average_(average: nn.Module, optimizer: ManifoldOptimizer) -> None:
         optimizer: the optimizer of the model, made from named parameters (``param_groups`` names them).
 
     Raises:
-        ValueError: a parameter of ``optimizer`` without a name in ``average``, or of another shape.
+        ValueError: a parameter of ``optimizer`` without a name in ``average``, of another shape, or in shards where the
+            other is not.
 
     >>> from torch.optim.swa_utils import AveragedModel
     >>> from manifold_kernels import FGSGD, param_groups
@@ -43,5 +44,11 @@ def project_average_(average: nn.Module, optimizer: ManifoldOptimizer) -> None:
         if name not in found or found[name].shape != parameter.shape:
             got = "none" if name not in found else tuple(found[name].shape)
             raise ValueError(f"average: wanted a parameter {name} of shape {tuple(parameter.shape)}, got {got}.")
+        if is_sharded(found[name]) != is_sharded(parameter):
+            raise ValueError(
+                f"average: wanted {name} in shards as the optimizer has it, or whole as there. Shard both."
+            )
+    gathered = optimizer._gathered()
     for position, (name, _) in enumerate(named):
-        constraint.place_(optimizer.plan, position, local(found[name]))
+        with gathering.opened(found[name], position in gathered) as weight:
+            constraint.place_(optimizer.plan, position, weight)

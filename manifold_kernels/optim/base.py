@@ -55,13 +55,23 @@ class ManifoldOptimizer(Stepping):
     """
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, master_weights: bool, nonfinite: str, backend: str
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        master_weights: bool,
+        nonfinite: str,
+        cut_matrices: str,
+        backend: str,
     ) -> None:
         if not isinstance(master_weights, bool):
             raise TypeError(f"master_weights: wanted True or False, got {master_weights!r}.")
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite: wanted 'skip' or 'raise', got {nonfinite!r}.")
+        if cut_matrices not in ("raise", "gather"):
+            raise ValueError(f"cut_matrices: wanted 'raise' or 'gather', got {cut_matrices!r}.")
         self._raise_nonfinite = nonfinite == "raise"
+        self._gather = cut_matrices == "gather"
         self._backend = backend
         self._master_weights = master_weights
         self.plan = Plan.build([], [])
@@ -140,9 +150,10 @@ class ManifoldOptimizer(Stepping):
             parameters = self._all_parameters()
             plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64)
             if whole:
-                weights = [operands.local(parameter) for parameter in parameters]
-                plan, nonfinite = checkpoint.load_plan(state_dict, expected, weights)
-            state = checkpoint.load_state(state_dict, groups, plan, self._buffers, self._where, self._master_weights)
+                plan, nonfinite = checkpoint.load_plan(state_dict, expected, self._described())
+            state = checkpoint.load_state(
+                state_dict, groups, plan, self._buffers, self._where, self._master_weights, self._gathered().keys()
+            )
             self._check_weights(plan, weights=[state.get(p, {}).get("master", p) for p in parameters])
         except BaseException:
             self.param_groups, self._structure = before
@@ -193,7 +204,16 @@ class ManifoldOptimizer(Stepping):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("plan", "_names", "_nonfinite", "_structure", "_raise_nonfinite", "_backend", "_master_weights")
+        kept = (
+            "plan",
+            "_names",
+            "_nonfinite",
+            "_structure",
+            "_raise_nonfinite",
+            "_gather",
+            "_backend",
+            "_master_weights",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

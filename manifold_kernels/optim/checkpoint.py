@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from copy import deepcopy
 from typing import Any
 
@@ -121,6 +121,7 @@ def load_state(
     buffers: Callable[[ParamGroup], tuple[str | None, str | None]],
     where: Callable[[int], str],
     master_weights: bool,
+    gathered: Set[int],
 ) -> dict[Tensor, dict[str, Any]]:
     """The saved states, copied, by parameter; every buffer must have its shape and strides.
 
@@ -146,7 +147,10 @@ def load_state(
             own = _load_entries(entries, needed, weight, counts[position])
             if "master" in needed and not torch.equal(own["master"].to(parameter.dtype), local(parameter)):
                 raise ValueError("master: its rounding is not the weight. Load the model's weights first.")
-            state[parameter] = {n: v if n == "step" else as_sharded(v, parameter) for n, v in own.items()}
+            state[parameter] = {
+                name: value if name == "step" else as_sharded(value, parameter, position in gathered)
+                for name, value in own.items()
+            }
         except ValueError as error:
             raise ValueError(f"state_dict: state of {where(position)}: {error}") from None
     return state

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from manifold_kernels import collection, fit, views
 from manifold_kernels.collection import Assignment, Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
-from manifold_kernels.optim import diagnostics
+from manifold_kernels.optim import diagnostics, gathering
 from manifold_kernels.optim.base import ManifoldOptimizer
 from manifold_kernels.optim.diagnostics import Diagnostics
 from manifold_kernels.optim.operands import local
@@ -62,6 +62,8 @@ class FGSGD(ManifoldOptimizer):
         master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves components without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
+        cut_matrices: ``"raise"`` raises ``ValueError`` for matrices that a sharding cuts, ``"gather"`` steps them whole
+            on every rank.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
 
     >>> import torch
@@ -105,6 +107,7 @@ class FGSGD(ManifoldOptimizer):
         diagnostics: bool = False,
         master_weights: bool = False,
         nonfinite: str = "skip",
+        cut_matrices: str = "raise",
         backend: str = "auto",
     ) -> None:
         if step_size != "general" and (rho, curvature) != (1.0, 0.0):
@@ -131,7 +134,14 @@ class FGSGD(ManifoldOptimizer):
         if not isinstance(diagnostics, bool):
             raise TypeError(f"diagnostics: wanted True or False, got {diagnostics!r}.")
         self._diagnosing = diagnostics
-        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params,
+            defaults,
+            master_weights=master_weights,
+            nonfinite=nonfinite,
+            cut_matrices=cut_matrices,
+            backend=backend,
+        )
 
     def diagnostics(self) -> Diagnostics:
         """R and tau of every group in the last step ([FG] Theorem 1 and Eq. 5).
@@ -240,10 +250,11 @@ class FGSGD(ManifoldOptimizer):
         except ValueError as error:
             raise ValueError(f"{self._where(position)}: {error}") from None
         master = self.state[parameter].get("master") if parameter in self.state else None
-        weight = local(parameter if master is None else master)
-        batch = views.matrices(weight, layout)
-        moved = batch.double() * ratios.to(weight.device).reshape(-1, 1, 1)
-        views.write_matrices(weight, layout, moved.to(weight.dtype))
+        held = parameter if master is None else master
+        with gathering.opened(held, position in self._gathered()) as weight:
+            batch = views.matrices(weight, layout)
+            moved = batch.double() * ratios.to(weight.device).reshape(-1, 1, 1)
+            views.write_matrices(weight, layout, moved.to(weight.dtype))
         if master is not None:
-            local(parameter).copy_(weight)
+            local(parameter).copy_(local(master))
         self.plan = plan

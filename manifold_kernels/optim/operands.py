@@ -36,6 +36,13 @@ def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
 
 
+def _cut_alike(grad: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of ``grad``, cut as ``parameter`` is; a sum over ranks that was left open is taken."""
+    if is_sharded(grad) and grad.placements != parameter.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
 class Operands:
     """The weights that the operator writes, and the way there and back.
 
@@ -48,7 +55,7 @@ class Operands:
 
     def __init__(self, parameters: Sequence[Tensor], masters: dict[int, Tensor]) -> None:
         self._masters = [(position, parameters[position], master) for position, master in masters.items()]
-        self._sharded = [position for position, parameter in enumerate(parameters) if is_sharded(parameter)]
+        self._sharded = [(position, each) for position, each in enumerate(parameters) if is_sharded(each)]
         self._held = [masters.get(position, parameter) for position, parameter in enumerate(parameters)]
 
     def weights(self, frozen: Sequence[int] = ()) -> list[Tensor]:
@@ -61,9 +68,9 @@ class Operands:
         if not self._sharded and not self._masters:
             return grads
         grads = list(grads)
-        for position in self._sharded:
+        for position, parameter in self._sharded:
             grad = grads[position]
-            grads[position] = None if grad is None else local(grad)
+            grads[position] = None if grad is None else _cut_alike(grad, parameter)
         for position, _, _ in self._masters:
             grad = grads[position]
             grads[position] = None if grad is None else grad.float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from manifold_kernels import fit, views
 from manifold_kernels.collection import Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, manifold
-from manifold_kernels.optim import constraint, operands, settings, sharding
+from manifold_kernels.optim import constraint, gathering, operands, settings, sharding
 from manifold_kernels.optim.groups import check_parameter, joined, layout_of, refuse_shared, structure_of
 from manifold_kernels.optim.settings import ParamGroup, on_manifold
 from manifold_kernels.plan import Group, Plan
@@ -42,6 +42,7 @@ class Planned(torch.optim.Optimizer):
     _nonfinite: Tensor
     _structure: list[tuple[Any, ...]]
     _names: list[str]
+    _gather: bool
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch. A group that does not fit raises and leaves the optimizer as it was."""
@@ -104,15 +105,16 @@ class Planned(torch.optim.Optimizer):
         """The plan of param group ``index``, whose first parameter has position ``first`` in the optimizer."""
         group = self.param_groups[index]
         groups: list[Group] = []
+        gathered = self._gathered()
         for position, parameter in enumerate(group["params"], first):
             try:
                 check_parameter(parameter, self._device())
                 full = sharding.whole(parameter)
                 found = self._groups_of(position, position - first, index, full, layout_of(group, full))
-                groups += sharding.localized(found, parameter)
+                groups += found if position in gathered else sharding.localized(found, parameter)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{self._where(position)}: {error}") from None
-        return Plan.build(groups, [operands.local(parameter) for parameter in self._all_parameters()])
+        return Plan.build(groups, self._described())
 
     def _groups_of(self, position: int, within: int, index: int, parameter: Tensor, layout: Layout) -> list[Group]:
         """The rows of the plan of parameter ``within`` of param group ``index``, at ``position`` in the optimizer."""
@@ -140,9 +142,10 @@ class Planned(torch.optim.Optimizer):
     def violation(self) -> float:
         """The largest violation of a constraint by any component of any weight, relative to its scale (0: none).
 
-        The measure is that of :func:`manifold_kernels.functional.weight_violation`, taken in float64.
+        The measure is that of :func:`manifold_kernels.functional.weight_violation`, taken in float64. Of shards it sees
+        those on this rank; with ``cut_matrices="gather"`` all ranks have to ask.
         """
-        weights = [operands.local(parameter) for parameter in self._all_parameters()]
+        weights = self._weights(self._all_parameters())
         found = [each.violation for each in constraint.violations(self.plan, weights)]
         return float(torch.tensor([0.0, *found], dtype=torch.float64).max())  # unlike Python's, NaN if any is
 
@@ -155,7 +158,7 @@ class Planned(torch.optim.Optimizer):
         self._check_weights(self.plan)
 
     def _check_weights(self, plan: Plan, first: int = 0, weights: Sequence[Tensor] | None = None) -> None:
-        weights = [operands.local(weight) for weight in weights or self._all_parameters()]
+        weights = self._weights(weights or self._all_parameters(), first)
         for found in constraint.violations(plan, weights, first):
             if not found.violation <= found.tolerance:
                 raise ValueError(
@@ -186,6 +189,34 @@ class Planned(torch.optim.Optimizer):
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _gathered(self) -> dict[int, Tensor]:
+        """The parameters whose matrices are put together for a step, by their positions."""
+        if not self._gather:
+            return {}
+        pairs = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        return {
+            position: parameter
+            for position, (group, parameter) in enumerate(pairs)
+            if operands.is_sharded(parameter)
+            and sharding.is_cut(parameter, layout_of(group, sharding.whole(parameter)))
+        }
+
+    def _described(self) -> list[Tensor]:
+        """Tensors of the shapes that the plan is about: parameters, shards, or without memory what is gathered."""
+        gathered = self._gathered()
+        return [
+            sharding.whole(parameter) if position in gathered else operands.local(parameter)
+            for position, parameter in enumerate(self._all_parameters())
+        ]
+
+    def _weights(self, held: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+        """The weights that the plan is about, from position ``first`` on; ``held`` are the parameters or masters."""
+        weights, gathered = [operands.local(each) for each in held], self._gathered()
+        for position in gathered:
+            if position >= first:
+                weights[position] = gathering.whole(held[position])
+        return weights
 
     def _device(self) -> torch.device:
         parameters = self._all_parameters()

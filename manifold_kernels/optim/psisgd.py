@@ -33,6 +33,8 @@ class PSISGD(ManifoldOptimizer):
         master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves vectors without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
+        cut_matrices: ``"raise"`` raises ``ValueError`` for vectors that a sharding cuts, ``"gather"`` steps them whole
+            on every rank.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
 
     >>> import torch
@@ -60,6 +62,7 @@ class PSISGD(ManifoldOptimizer):
         manifold: Manifold | str | None = None,
         master_weights: bool = False,
         nonfinite: str = "skip",
+        cut_matrices: str = "raise",
         backend: str = "auto",
     ) -> None:
         defaults = {
@@ -71,4 +74,11 @@ class PSISGD(ManifoldOptimizer):
             "manifold": manifold,
             **self.manifold_only,
         }
-        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params,
+            defaults,
+            master_weights=master_weights,
+            nonfinite=nonfinite,
+            cut_matrices=cut_matrices,
+            backend=backend,
+        )

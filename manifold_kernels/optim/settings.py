@@ -175,11 +175,13 @@ def _pack_manifold(of: Manifold | Collection) -> dict[str, Any]:
 def unpack(group: ParamGroup) -> ParamGroup:
     """The inverse of :func:`pack`."""
     unpacked = {**group, "manifold": _unpack_manifold(group["manifold"])}
-    if group.get("assignments") is not None:
-        try:
-            unpacked["assignments"] = tuple(Assignment(one["groups"], one["manifolds"]) for one in group["assignments"])
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"assignments: wanted dicts of 'groups' and 'manifolds': {error!r}.") from None
+    saved = group.get("assignments")
+    if saved is not None:
+        if not isinstance(saved, (list, tuple)) or not all(
+            isinstance(one, dict) and {"groups", "manifolds"} <= one.keys() for one in saved
+        ):
+            raise ValueError(f"assignments: wanted a list of dicts of 'groups' and 'manifolds', got {saved!r}.")
+        unpacked["assignments"] = tuple(Assignment(one["groups"], one["manifolds"]) for one in saved)
     return unpacked
 
 

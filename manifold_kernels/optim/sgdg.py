@@ -38,6 +38,8 @@ class SGDG(ManifoldOptimizer):
         master_weights: step bfloat16 and float16 parameters through float32 masters, whose roundings they become.
         nonfinite: ``"skip"`` leaves vectors without a finite gradient or momentum as they are and counts them
             (:meth:`nonfinite_count`); ``"raise"`` raises ``ValueError`` before anything is written.
+        cut_matrices: ``"raise"`` raises ``ValueError`` for vectors that a sharding cuts, ``"gather"`` steps them whole
+            on every rank.
         backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`.
 
     >>> import math, torch
@@ -67,6 +69,7 @@ class SGDG(ManifoldOptimizer):
         manifold: Manifold | str | None = None,
         master_weights: bool = False,
         nonfinite: str = "skip",
+        cut_matrices: str = "raise",
         backend: str = "auto",
     ) -> None:
         defaults = {
@@ -80,4 +83,11 @@ class SGDG(ManifoldOptimizer):
             "manifold": manifold,
             **self.manifold_only,
         }
-        super().__init__(params, defaults, master_weights=master_weights, nonfinite=nonfinite, backend=backend)
+        super().__init__(
+            params,
+            defaults,
+            master_weights=master_weights,
+            nonfinite=nonfinite,
+            cut_matrices=cut_matrices,
+            backend=backend,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,20 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def as_sharded(shard: Tensor, parameter: Tensor) -> Tensor:
-    """``shard``, of a tensor that is cut as ``parameter`` is, as ``DTensor``; as it is where the latter is not cut."""
+def as_sharded(shard: Tensor, parameter: Tensor, gathered: bool = False) -> Tensor:
+    """``shard``, of a tensor that is cut as ``parameter`` is, as ``DTensor``; as it is where the latter is not cut.
+
+    One number a component is on every rank where components are ``gathered``.
+    """
     if not is_sharded(parameter):
         return shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     of: DTensor = parameter  # type: ignore[assignment]
     if shard.dim() == parameter.dim():
         shape, stride = parameter.shape, parameter.stride()
+    elif gathered:
+        return DTensor.from_local(shard, of.device_mesh, [Replicate()] * of.device_mesh.ndim, run_check=False)
     else:  # one number a component: components are cut as the first dimension is
         rows = local(parameter).shape[0]
         count = shard.shape[0] * parameter.shape[0] // rows if rows else parameter.shape[0]
@@ -50,14 +55,20 @@ def localized(groups: Sequence[Group], parameter: Tensor) -> list[Group]:
     Every rank keeps every row, also one without a component of its own, so that norms can be summed row by row.
 
     Raises:
-        ValueError: a sharding that cuts components, or that is not along the first dimension.
+        ValueError: a sharding that cuts components.
     """
-    cut = _cut(parameter)
     layout = groups[0].layout
-    if cut is None or layout.view == "flat":
+    if layout.view == "flat" or not _shards(parameter):
         return list(groups)
-    start, size = cut
-    own = _own_numbers(whole(parameter), layout, start, size)
+    if is_cut(parameter, layout):
+        of: DTensor = parameter  # type: ignore[assignment]
+        raise ValueError(
+            f"view: {layout.view!r} has matrices over several ranks with the placements {of.placements} of a tensor of "
+            f"shape {tuple(of.shape)}. Use a view whose matrices stay whole, 'kernel' or 'filter' with shards along "
+            "dimension 0, as fully_shard makes them, or cut_matrices='gather', which steps whole matrices on every "
+            "rank, or leave the weight unsharded or without a manifold."
+        )
+    own = _own_numbers(whole(parameter), layout, *_own_rows(parameter))
     out = []
     for group in groups:
         numbers = own if group.components is None else own[group.components]
@@ -69,44 +80,56 @@ def localized(groups: Sequence[Group], parameter: Tensor) -> list[Group]:
     return out
 
 
-def _cut(parameter: Tensor) -> tuple[int, int] | None:
-    """First index and number of the indices that this rank has of dimension 0; ``None`` where it has everything."""
+def is_cut(parameter: Tensor, layout: Layout) -> bool:
+    """Whether matrices of ``parameter`` lie on several ranks, or in no order that a plan has. All ranks agree."""
+    shards = _shards(parameter)
+    if layout.view == "flat" or not shards:
+        return False
+    if len(shards) > 1 or not shards[0][1].is_shard(0):
+        return True
+    if layout.view == "kernel":
+        return layout.channel_groups > 1
+    return layout.view != "filter" or layout.out_dim != 0 or _length(parameter) % layout.rows != 0
+
+
+def _shards(parameter: Tensor) -> list[tuple[int, Any]]:
+    """The dimensions of the mesh over which ``parameter`` is cut, and how."""
     if not is_sharded(parameter):
-        return None
+        return []
     of: DTensor = parameter  # type: ignore[assignment]
-    shards = [(dim, placed) for dim, placed in enumerate(of.placements) if not placed.is_replicate()]
-    if not shards:
-        return None
-    dim, placed = shards[0]
-    if len(shards) > 1 or not placed.is_shard(0):
-        raise ValueError(
-            f"sharding: wanted shards along dimension 0, as fully_shard makes them, got {of.placements}. Shard it so, "
-            "or leave it without a manifold."
-        )
-    # As torch.chunk cuts.
-    length = -(-of.shape[0] // of.device_mesh.size(dim))
-    start = min(of.device_mesh.get_local_rank(dim) * length, of.shape[0])
-    return start, min(length, of.shape[0] - start)
+    return [
+        (dim, placed)
+        for dim, placed in enumerate(of.placements)
+        if not placed.is_replicate() and of.device_mesh.size(dim) > 1
+    ]
+
+
+def _length(parameter: Tensor) -> int:
+    """The indices of dimension 0 that each rank has, but for the last ones: as ``torch.chunk`` cuts."""
+    of: DTensor = parameter  # type: ignore[assignment]
+    ((dim, _),) = _shards(parameter)
+    return -(-of.shape[0] // of.device_mesh.size(dim))
+
+
+def _own_rows(parameter: Tensor) -> tuple[int, int]:
+    """First index and number of the indices that this rank has of dimension 0."""
+    of: DTensor = parameter  # type: ignore[assignment]
+    ((dim, _),) = _shards(parameter)
+    start = min(of.device_mesh.get_local_rank(dim) * _length(parameter), of.shape[0])
+    return start, min(_length(parameter), of.shape[0] - start)
 
 
 def _own_numbers(parameter: Tensor, layout: Layout, start: int, size: int) -> Tensor:
     """For every component its number among those of the ``size`` indices from ``start`` of dimension 0, or -1."""
     shape = views.shape_of(parameter, layout)
     number = torch.arange(shape.count)
-    if layout.out_dim == 0 and layout.view in ("kernel", "filter"):
+    if layout.out_dim == 0:
         rows = 1 if layout.view == "kernel" else layout.rows
         per_row = shape.inputs if layout.view == "kernel" else 1
-        if start % rows == 0 and size % rows == 0:
-            own = number - start // rows * per_row
-            return torch.where((own >= 0) & (own < size // rows * per_row), own, -1)
-    elif layout.view == "kernel" and layout.channel_groups == 1:
-        output, channel = number // shape.inputs, number % shape.inputs - start
-        return torch.where((channel >= 0) & (channel < size), output * size + channel, -1)
-    raise ValueError(
-        f"view: {layout.view!r} has matrices over several ranks with shards along dimension 0 "
-        f"({'inputs' if layout.out_dim else 'outputs'}), {size} of {parameter.shape[0]} here. Use a view whose "
-        "matrices stay whole, 'kernel' or 'filter', or leave the weight unsharded or without a manifold."
-    )
+        own = number - start // rows * per_row
+        return torch.where((own >= 0) & (own < size // rows * per_row), own, -1)
+    output, channel = number // shape.inputs, number % shape.inputs - start
+    return torch.where((channel >= 0) & (channel < size), output * size + channel, -1)
 
 
 class SharedNorms:
@@ -120,7 +143,9 @@ class SharedNorms:
         plan: the plan in which each of these groups has a row of hyper-parameters of its own.
     """
 
-    def __init__(self, plan: Plan, parameters: Sequence[Tensor], param_groups: int) -> None:
+    def __init__(
+        self, plan: Plan, parameters: Sequence[Tensor], param_groups: int, gathered: Set[int] = frozenset()
+    ) -> None:
         self._rows: dict[Any, list[int]] = {}  # by process group
         columns = {
             name: plan.column(name).tolist() for name in ("parameter", "rule", "step_size", "individual", "view")
@@ -128,7 +153,8 @@ class SharedNorms:
         for row, position in enumerate(columns["parameter"]):
             bounded = columns["rule"][row] == RULES["fg_sgd"] and columns["step_size"][row] == STEP_SIZES["general"]
             together = not columns["individual"][row] and columns["view"][row] != views.VIEWS["flat"]
-            if bounded and together and _cut(parameters[position]) is not None:
+            spread = position not in gathered and _shards(parameters[position])
+            if bounded and together and spread:
                 self._rows.setdefault(_ranks(parameters[position]), []).append(row)
         self._all = [row for rows in self._rows.values() for row in rows]
         self._parameters = {columns["parameter"][row] for row in self._all}
@@ -204,5 +230,5 @@ class SharedNorms:
 def _ranks(parameter: Tensor) -> Any:
     """The process group over which ``parameter`` is cut."""
     of: DTensor = parameter  # type: ignore[assignment]
-    dim = next(dim for dim, placed in enumerate(of.placements) if placed.is_shard())
+    ((dim, _),) = _shards(parameter)
     return of.device_mesh.get_group(dim)

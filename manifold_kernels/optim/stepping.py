@@ -11,7 +11,8 @@ from torch import Tensor
 
 from manifold_kernels import ops
 from manifold_kernels.binding import is_replaced
-from manifold_kernels.optim import checkpoint, constraint, operands, settings, sharding
+from manifold_kernels.optim import checkpoint, constraint, gathering, operands, settings, sharding
+from manifold_kernels.optim.gathering import Gathering
 from manifold_kernels.optim.groups import structure_of
 from manifold_kernels.optim.operands import Operands
 from manifold_kernels.optim.planned import Planned
@@ -55,7 +56,10 @@ class Stepping(Planned):
         plan, r = self.plan, None
         with torch.no_grad():
             weights, grads = stepped.weights(self._frozen), stepped.gradients(grads)
-            lists = weights, grads, self._momenta, self._variances, self._steps, self._nonfinite
+            whole = weights, grads, self._momenta
+            if self._gathering:
+                whole = self._gathering.whole(*whole)
+            lists = *whole, self._variances, self._steps, self._nonfinite
             if self._shared_norms:
                 plan = self._shared_norms.plan
                 hyper, live, r = self._shared_norms.tables(operator, *lists, hyper, live, (grad_scale, found_inf))
@@ -70,6 +74,8 @@ class Stepping(Planned):
                 found_inf,
                 live,
             )
+            if self._gathering:
+                self._gathering.keep(whole, weights, self._momenta)
             stepped.store(grads, found_inf)
             if r is not None and self._norms is not None:
                 self._shared_norms.write(self._norms, r)
@@ -185,13 +191,14 @@ class Stepping(Planned):
     def _collect(self, held: list[tuple[str | None, str | None]]) -> None:
         """The lists that the operator takes, with buffers allocated where they are missing."""
         self._resolve()
-        parameters = self._all_parameters()
+        parameters, gathered = self._all_parameters(), self._gathered()
         masters: dict[int, Tensor] = {}
         for position, parameter in enumerate(parameters):
             if operands.wants_master(parameter, self._master_weights):
-                masters[position] = self._master(position, parameter)
+                masters[position] = self._master(position, parameter, position in gathered)
         self._operands = Operands(parameters, masters)
-        self._shared_norms = SharedNorms(self.plan, parameters, len(self.param_groups))
+        self._gathering = Gathering(gathered)
+        self._shared_norms = SharedNorms(self.plan, parameters, len(self.param_groups), gathered.keys())
         counts = checkpoint.component_counts(self.plan, len(parameters))
         taken = [int(self.state[p].get("step", 0)) for p in parameters]
         steps = torch.tensor(taken, dtype=torch.int64, device=self._device())
@@ -204,7 +211,7 @@ class Stepping(Planned):
                 for name, tensors in zip(names, buffers, strict=True):
                     if name is not None and name not in state:
                         buffer = checkpoint.new_buffer(name, weight, counts[position])
-                        state[name] = sharding.as_sharded(buffer, parameter)
+                        state[name] = sharding.as_sharded(buffer, parameter, position in gathered)
                         # As in torch, the first step with momentum takes the gradient itself, whenever that is.
                         steps[position] = 0
                     tensors.append(operands.local(state[name]) if name is not None else weight.new_empty(0))
@@ -215,14 +222,15 @@ class Stepping(Planned):
         self._held = held
         self._entries = len(self.state)
 
-    def _master(self, position: int, parameter: Tensor) -> Tensor:
+    def _master(self, position: int, parameter: Tensor, gathered: bool) -> Tensor:
         """The float32 master of a 16-bit parameter: on the manifold as closely as float32 allows."""
         state = self.state[parameter]
         if "master" not in state:
             weight = operands.local(parameter).detach()
             master = operands.like(weight, torch.float32).copy_(weight)
-            constraint.place_(self.plan, position, master)
             state["master"] = sharding.as_sharded(master, parameter)
+            with gathering.opened(state["master"], gathered) as matrices:
+                constraint.place_(self.plan, position, matrices)
         return operands.local(state["master"])
 
     def _buffers(self, group: ParamGroup) -> tuple[str | None, str | None]:
