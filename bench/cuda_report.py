@@ -66,7 +66,7 @@ once; later sweeps find it in the cache.
 
 Contiguous float32 weights with momentum, one norm a matrix, QR or projection. Instructions of a thread, for each
 element, are counted in a binary of that way alone, conditions taken, loops as often as they run; registers and
-occupancy are those of the kernel that has all ways. "Execution" is the time of the unit that is busiest: the issue of all
+occupancy are those of the kernel that has all ways. "Execution" is the time of the busiest unit: the issue of all
 instructions, floating-point numbers, integers, special functions, or memory, shared and global. It overlaps with the
 memory's time where enough warps are there.
 

@@ -192,7 +192,7 @@ class Small {
   // All matrices of the tile. `rate`: lr / tau of a group that was measured before. Returns the thread's part of the
   // sum.
   MK_DEVICE double run(R rate) const {
-    __shared__ bool left_out[threads];
+    MK_SHARED_ARRAY(bool, left_out, threads);
     double sum = 0;
     for (int k = 0; k < tile.count; k += threads) {
       const int count = tile.count - k < threads ? tile.count - k : threads, own = int(threadIdx.x);
