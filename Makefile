@@ -50,6 +50,7 @@ cuda-report: .venv/base .venv/dev
 # The whole extension against a torch built for CUDA, installed and imported. Needs nvcc, no GPU.
 cuda-build: .venv-cuda/built
 	$(CUDA_BIN)/python tests/cuda_built.py
+	$(CUDA_BIN)/manifold-kernels info
 
 # Before anything is installed: a machine without a GPU is told so at once.
 gpu:

@@ -3,8 +3,8 @@
 // Compile this file without -fsanitize=thread: it tells ThreadSanitizer by hand what CUDA orders, the threads of a
 // block at barriers, the lanes of a warp at __syncwarp (shuffles and votes order no memory), a fence that follows
 // an atomic number behind one that came before a change of it, and blocks of different launches. It would take what a
-// block does at an address that another block had before for a race; so under it every block has shared memory, fibers
-// and what stands for its barriers of its own.
+// block does at an address that another block had before for a race; so under it every block has shared memory and
+// what stands for its barriers of its own, and other fibers than the blocks before it.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -24,7 +24,6 @@ extern "C" void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 // Weak: there only in programs with ThreadSanitizer.
 extern "C" {
 void* __tsan_create_fiber(unsigned) __attribute__((weak));
-void __tsan_destroy_fiber(void*) __attribute__((weak));
 void* __tsan_get_current_fiber() __attribute__((weak));
 void __tsan_switch_to_fiber(void*, unsigned) __attribute__((weak));
 void __tsan_acquire(void*) __attribute__((weak));
@@ -41,6 +40,7 @@ namespace {
 enum class State { fresh, ready, waiting, done };
 
 constexpr size_t stack_bytes = 512 << 10, guard_bytes = 4096, array_bytes = 4096;
+constexpr size_t blocks_apart = 4;
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -70,6 +70,8 @@ struct Block {
 
 Fiber scheduler;
 std::vector<Fiber*> idle;
+std::vector<Fiber*> apart[blocks_apart];  // under ThreadSanitizer, in place of it
+size_t next_apart;
 std::vector<Block*> blocks;                         // of the launch: the only one, or under ThreadSanitizer all of them
 std::vector<std::pair<const void*, char*>> arrays;  // of the running block, by where they are declared
 size_t array_end;
@@ -232,7 +234,7 @@ void fiber_body() {
       thread_ends(t);
       if (races_are_watched()) break;
     }
-    idle.push_back(self);
+    if (!races_are_watched()) idle.push_back(self);
     switch_fibers(*self, scheduler);
   }
 }
@@ -258,6 +260,7 @@ Fiber* new_fiber() {
   top[11] = reinterpret_cast<void*>(&fiber_body);
 #endif
   fiber->stack_pointer = top;
+  if (races_are_watched()) fiber->thread_sanitizer = __tsan_create_fiber(0);
   return fiber;
 }
 
@@ -267,14 +270,17 @@ void wait() {
   current = self;
 }
 
-// A fiber for a thread that begins: to ThreadSanitizer another one each time.
+// To ThreadSanitizer what runs on one fiber is ordered: neither do two threads of a block, nor those of blocks that
+// follow each other.
 Fiber* fiber_for_a_thread() {
-  Fiber* fiber = idle.empty() ? new_fiber() : idle.back();
-  if (!idle.empty()) idle.pop_back();
   if (races_are_watched()) {
-    if (fiber->thread_sanitizer) __tsan_destroy_fiber(fiber->thread_sanitizer);
-    fiber->thread_sanitizer = __tsan_create_fiber(0);
+    std::vector<Fiber*>& own = apart[blocks.size() % blocks_apart];
+    if (next_apart == own.size()) own.push_back(new_fiber());
+    return own[next_apart++];
   }
+  if (idle.empty()) return new_fiber();
+  Fiber* fiber = idle.back();
+  idle.pop_back();
   return fiber;
 }
 
@@ -334,7 +340,9 @@ void try_collective(const Running& self) {
     if (t->wait == Wait::shuffle) {
       if (!(mask >> t->source & 1)) fail("a shuffle reads a lane outside of its mask", t->line);
       const Running* source = lane(self.warp, t->source);
-      std::copy(source->given, source->given + 2, t->got);
+      // Word by word: ThreadSanitizer takes a memmove for an access of the thread that is running.
+      t->got[0] = source->given[0];
+      t->got[1] = source->given[1];
     } else if (t->wait == Wait::ballot) {
       t->got[0] = ballot;
     }
@@ -356,7 +364,7 @@ void run_block(unsigned index) {
     order[size_t(i)] = i;
   }
   if (schedule) std::shuffle(order.begin(), order.end(), random_order);
-  next_fresh = 0;
+  next_fresh = next_apart = 0;
   done = at_barrier = 0;
   std::fill(std::begin(in_collective), std::end(in_collective), 0);
   if (races_are_watched()) __tsan_release(&launch_order);
