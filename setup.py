@@ -61,8 +61,8 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 #: Flags of the CUDA kernels: as for the CPU's, the kernels say themselves where they want a fused multiply-add.
 NVCC_FLAGS = shlex.split("-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler=-fPIC")
 
-#: What CUDA kernels are compiled for where no GPU is there: A100 (the rest of Ampere, and Ada, run that, too), H100, and
-#: by way of PTX those that come after it. Others have to be asked for: each one is minutes of compiling.
+#: What CUDA kernels are compiled for where no GPU is there: A100 (the rest of Ampere, and Ada, run that, too), H100,
+#: and by way of PTX those that come after it. Others have to be asked for: each one is minutes of compiling.
 ARCHITECTURES = "8.0;9.0+PTX"
 
 
