@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.to
 CUDA_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-long lint bench api build clean cuda-report cuda-build test-gpu bench-gpu
+.PHONY: demo test test-long lint bench api build clean cuda-report cuda-build gpu test-gpu bench-gpu
 
 build: .venv/built
 
@@ -50,16 +50,19 @@ cuda-report: .venv/base .venv/dev
 # The whole extension against a torch built for CUDA, installed and imported. Needs nvcc, no GPU.
 cuda-build: .venv-cuda/built
 	$(CUDA_BIN)/python tests/cuda_built.py
+	$(CUDA_BIN)/manifold-kernels info
 
-test-gpu: .venv-cuda/built .venv-cuda/dev
-	$(CUDA_BIN)/python tests/gpu_there.py $@
+# Before anything is installed: a machine without a GPU is told so at once.
+gpu:
+	@nvidia-smi --list-gpus 2> /dev/null || { echo "make: wanted an NVIDIA GPU, got none: nvidia-smi finds none"; exit 1; }
+
+test-gpu: gpu .venv-cuda/built .venv-cuda/dev
 	$(CUDA_BIN)/pytest tests/test_gpu_kernels.py
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_BIN)/pytest tests/test_gpu_kernels.py -k "test_views or test_filters"
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(CUDA_BIN)/pytest tests/test_gpu_kernels.py -k "test_filters"
 
-bench-gpu: .venv-cuda/built
-	$(CUDA_BIN)/python tests/gpu_there.py $@
-	$(CUDA_BIN)/python bench/gpu_steps.py
+bench-gpu: gpu .venv-cuda/built
+	$(CUDA_BIN)/manifold-kernels bench --device cuda --json results/bench-gpu.json
 
 clean:
 	rm -rf build dist results docs/api *.egg-info manifold_kernels/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -62,8 +62,8 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 NVCC_FLAGS = shlex.split("-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler=-fPIC")
 
 #: What CUDA kernels are compiled for where no GPU is there: A100 (the rest of Ampere, and Ada, run that, too), H100,
-#: B200, and by way of PTX those that come after it. Turing (7.5) has to be asked for: each one is minutes of compiling.
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+#: and by way of PTX those that come after it. Others have to be asked for: each one is minutes of compiling.
+ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def find_compiler() -> list[str] | None:

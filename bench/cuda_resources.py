@@ -13,10 +13,13 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from cuda_listing import Instruction, listings, plain
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -44,7 +47,8 @@ class Resources:
 
     ``name`` is that of ``csrc/cuda/kernels.h``, without the manifold's retraction where it is none; ``elements`` those
     of a thread's matrix, 0 where threads share one. ``shared`` has the dynamic part, which for the kernels of matrices
-    in shared memory depends on the matrices and is left out. ``loads`` and ``stores`` count instructions by their bits.
+    in shared memory depends on the matrices and is left out. ``loads`` and ``stores`` count instructions by their bits,
+    those of all storage types and layouts.
     """
 
     name: str
@@ -56,19 +60,8 @@ class Resources:
     stack: int
     shared: int
     threads: int
-    instructions: int
-    arithmetic: int
     loads: Counter[int]
     stores: Counter[int]
-
-    def share(self) -> float:
-        """The share of the 16-byte ones in the bytes of all global loads and stores, each instruction counted once.
-
-        Reads of tables and the paths of unaligned tensors and of tails are among them, none of which a contiguous
-        tensor takes for more than a few of its elements.
-        """
-        both = self.loads + self.stores
-        return 128 * both[128] / max(sum(bits * count for bits, count in both.items()), 1)
 
 
 def missing() -> str | None:
@@ -82,9 +75,17 @@ def missing() -> str | None:
 
 def resources(architecture: str) -> list[Resources]:
     """Compile every kernel for ``architecture``, as in ``"sm_90"``, and read what it takes."""
-    folder = ROOT / "build" / "cubins" / architecture
-    _compile(architecture, folder)
-    return sorted((one for cubin in sorted(folder.glob("*.cubin")) for one in _read(cubin)), key=lambda one: one.name)
+    cubins = compiled(sorted(CUDA.glob("*.cu")), architecture)
+    return sorted((one for cubin in cubins for one in _read(cubin)), key=lambda one: one.name)
+
+
+def nvcc_release() -> str:
+    """The release of nvcc, as in ``"13.0"``."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    if found is None:
+        raise LookupError(f"nvcc --version: wanted a release, got {said!r}.")
+    return found[1]
 
 
 def _flags() -> list[str]:
@@ -95,24 +96,27 @@ def _flags() -> list[str]:
     raise LookupError("setup.py: wanted NVCC_FLAGS, got none.")
 
 
-def _compile(architecture: str, folder: Path) -> None:
+def compiled(sources: Sequence[Path], architecture: str) -> list[Path]:
+    """The cubins of ``sources``, compiled where a source or a flag has changed since the last time."""
     import ninja
     from ninja.ninja_syntax import Writer
 
+    folder = ROOT / "build" / "cubins" / sources[0].parent.name / architecture
     folder.mkdir(parents=True, exist_ok=True)
+    cubins = [folder / f"{source.stem}.cubin" for source in sources]
     flags = shlex.join([*_flags(), f"-I{ROOT / 'csrc'}", f"-arch={architecture}"])
     with (folder / "build.ninja").open("w") as file:
         writer = Writer(file, width=10**6)
         command = f"nvcc -cubin -Xptxas=-v {flags} -MD -MF $out.d $in -o $out 2> $out.log || (cat $out.log; false)"
         writer.rule("nvcc", command, depfile="$out.d", deps="gcc")
-        for source in sorted(CUDA.glob("*.cu")):
-            writer.build(str(folder / f"{source.stem}.cubin"), "nvcc", str(source))
+        for source, cubin in zip(sources, cubins, strict=True):
+            writer.build(str(cubin), "nvcc", str(source))
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    done = subprocess.run(
-        [str(Path(ninja.BIN_DIR) / "ninja"), "-j", jobs, "-C", str(folder)], capture_output=True, text=True
-    )
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", jobs, "-C", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for {architecture}:\n{done.stdout[-8000:]}")
+    return cubins
 
 
 @lru_cache(maxsize=1)
@@ -128,31 +132,23 @@ def _blocks() -> dict[int, tuple[int, int, int]]:
 
 
 def _read(cubin: Path) -> list[Resources]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    code = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     log = Path(f"{cubin}.log").read_text()
     reports = {
         name: text
         for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL)
     }
-    listings = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
-    assert reports and reports.keys() <= listings.keys(), (cubin, reports.keys() - listings.keys())
-    plain = subprocess.run(["c++filt"], input="\n".join(reports), capture_output=True, text=True, check=True).stdout
+    code = listings(cubin)
+    assert reports and reports.keys() <= code.keys(), (cubin, reports.keys() - code.keys())
     return [
-        _of(readable, cubin, reports[name], listings[name])
-        for name, readable in zip(reports, plain.splitlines(), strict=True)
+        _of(readable, cubin, reports[name], code[name]) for name, readable in zip(reports, plain(reports), strict=True)
     ]
 
 
-def _of(signature: str, cubin: Path, report: str, listing: str) -> Resources:
-    name, wide, elements = _name(signature, cubin.stem)
+def _of(signature: str, cubin: Path, report: str, code: list[Instruction]) -> Resources:
+    name, wide, elements = name_of(signature, cubin.stem)
     threads, *dynamic = _blocks()[elements]
     # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
     numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing, re.MULTILINE)
-    opcodes = [opcode for opcode in opcodes if opcode not in ("NOP", "BRA.DIV")]
     return Resources(
         name,
         cubin.parent.name,
@@ -163,30 +159,15 @@ def _of(signature: str, cubin: Path, report: str, listing: str) -> Resources:
         stack=max(numbers["stack frame"]),
         shared=max(numbers["smem"], default=0) + dynamic[wide],
         threads=threads,
-        instructions=len(opcodes),
-        arithmetic=sum(opcode.startswith(_ARITHMETIC) for opcode in opcodes),
-        loads=_widths(opcodes, "LD"),
-        stores=_widths(opcodes, "ST"),
+        loads=Counter(bits for one in code if (bits := one.global_bits("LD"))),
+        stores=Counter(bits for one in code if (bits := one.global_bits("ST"))),
     )
 
 
 _MEMORY = ("stack frame", "spill stores", "spill loads", "smem")
-_ARITHMETIC = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "MUFU", "DADD", "DMUL", "DFMA", "DSETP", "F2F")
 
 
-def _widths(opcodes: list[str], kind: str) -> Counter[int]:
-    """How many load or store how many bits of global memory; addresses out of tables are generic, without the G."""
-    modifiers = [match[1] for opcode in opcodes if (match := re.fullmatch(rf"{kind}G?\.E(.*)", opcode))]
-    return Counter(_bits(text) for text in modifiers)
-
-
-def _bits(modifiers: str) -> int:
-    small = {".U8": 8, ".S8": 8, ".U16": 16, ".S16": 16}
-    wide = (bits for bits in (256, 128, 64) if f".{bits}" in modifiers)
-    return next(wide, next((bits for text, bits in small.items() if text in modifiers), 32))
-
-
-def _name(signature: str, source: str) -> tuple[str, bool, int]:
+def name_of(signature: str, source: str) -> tuple[str, bool, int]:
     """The kernel's name, whether it computes in double, and the elements of a thread's matrix."""
     function = re.findall(r"mk::cuda::(?:\(anonymous namespace\)::)?(\w+)", signature)[0]
     if function == "advance":
@@ -195,7 +176,7 @@ def _name(signature: str, source: str) -> tuple[str, bool, int]:
     passes = re.findall(r"\(mk::cuda::Pass\)(\d)", signature)
     step = not passes or passes[0] == "1"
     end = f"{'double' if wide else 'float'} {'step' if step else 'measure'}"
-    if function != "small":
+    if function not in ("small", "route"):
         team = re.findall(r"Team<(\d+)>", signature)[:1]
         # The sources with rows of other rules have a kernel of that name each.
         return " ".join([source if function == "rows" else function, *team, end]), wide, 0
@@ -203,4 +184,4 @@ def _name(signature: str, source: str) -> tuple[str, bool, int]:
     n, p = map(int, re.findall(r", (\d+), (\d+), ", signature)[0])
     retraction = re.findall(r"\(mk::Retraction\)(\d)", signature)
     way = _RETRACTIONS[int(retraction[0])] if retraction else "exp" if "Map<true>" in signature else "projection"
-    return " ".join([function, manifold, *([way] if step else []), f"{n}x{p}", end]), wide, n * p
+    return " ".join(["small", manifold, *([way] if step else []), f"{n}x{p}", end]), wide, n * p

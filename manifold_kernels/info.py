@@ -41,6 +41,7 @@ def machine() -> dict[str, str]:
         "processors": str(processors()),
         "torch's threads": str(torch.get_num_threads()),
         "torch's instruction set": torch.backends.cpu.get_cpu_capability(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 

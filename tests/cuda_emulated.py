@@ -28,11 +28,11 @@ CUDA = ROOT / "csrc" / "cuda"
 #: What the backend has in common with the CPU's.
 SHARED = ("arguments.cpp", "cpu/geometry.cpp", "cpu/library.cpp")
 
-#: Sanitizers by name: flags of all sources, and those of the emulator, which tells ThreadSanitizer what orders what.
+#: Sanitizers by name: flags of the kernels, and those of the emulator, which tells ThreadSanitizer what orders what.
+#: The host's side is the same for all of them.
 SANITIZERS: dict[str, tuple[str, str]] = {
     "none": ("", ""),
-    # Of UndefinedBehaviorSanitizer what costs little to compile: all of it takes an hour for unrolled kernels.
-    "address": ("-fsanitize=address,bounds,alignment -fno-sanitize-recover=all -g1",) * 2,
+    "address": ("-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -g1",) * 2,
     "thread": ("-fsanitize=thread -g1", ""),
 }
 
@@ -47,43 +47,56 @@ def compiler() -> str:
     return os.environ.get("CXX") or "c++"
 
 
-def sources() -> list[Path]:
-    """Everything that is compiled: kernels, the host's side of the backend, and the emulator."""
-    host = [path for path in sorted(CUDA.glob("*.cpp")) if path.name not in ("context.cpp", "register.cpp")]
-    emulator = [EMULATOR / name for name in ("context.cpp", "emulator.cpp", "operators.cpp")]
-    return [*sorted(CUDA.glob("*.cu")), *host, *(ROOT / "csrc" / name for name in SHARED), *emulator]
+def kernels(sanitizer: str) -> list[Path]:
+    """The sources with kernels. With a sanitizer, which compiles slowly, small matrices have few sizes."""
+    every = sorted(CUDA.glob("*.cu"))
+    if sanitizer == "none":
+        return every
+    return [*(path for path in every if not path.stem.startswith("small_")), EMULATOR / "few_small.cpp"]
+
+
+def host() -> list[Path]:
+    """The host's side of the backend, and what stands in for CUDA's there."""
+    own = [path for path in sorted(CUDA.glob("*.cpp")) if path.name not in ("context.cpp", "register.cpp")]
+    emulator = [EMULATOR / name for name in ("context.cpp", "operators.cpp")]
+    return [*own, *(ROOT / "csrc" / name for name in SHARED), *emulator]
 
 
 def build(sanitizer: str = "none") -> Path:
     """The library with the emulated operators; compiled where a source or a flag has changed since the last time."""
-    everywhere, emulator = SANITIZERS[sanitizer]
-    folder = ROOT / "build" / "emulated" / sanitizer
+    folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     include = " ".join(
         [f"-I{ROOT / 'csrc'} -I{EMULATOR}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     )
     torch_library = Path(torch.__file__).parent / "lib"
-    link = f"-shared -L{torch_library} -Wl,-rpath,{torch_library} -ltorch -ltorch_cpu -lc10 -fopenmp {everywhere}"
-    library = folder / "emulated.so"
+    link = f"-shared -L{torch_library} -Wl,-rpath,{torch_library} -ltorch -ltorch_cpu -lc10 -fopenmp"
     with (folder / "build.ninja").open("w") as file:
         writer = Writer(file, width=10**6)
         writer.rule("compile", f"{compiler()} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-        writer.rule("link", f"{compiler()} $in {link} -o $out")
-        objects = []
-        for source in sources():
-            own = emulator if source.name == "emulator.cpp" else everywhere
-            # The emulator runs at every barrier.
-            faster = "-O2" if source.name == "emulator.cpp" else ""
-            flags = f"{FLAGS} {faster} {own} {include}" + (" -x c++" if source.suffix == ".cu" else "")
-            objects.append(str(folder / f"{source.stem}_{hashlib.sha1(str(source).encode()).hexdigest()[:6]}.o"))
-            writer.build(objects[-1], "compile", str(source), variables={"flags": flags})
-        writer.build(str(library), "link", objects)
+        writer.rule("link", f"{compiler()} $in {link} $flags -o $out")
+        known: set[str] = set()
+
+        def compiled(source: Path, name: str, flags: str) -> str:
+            object_file = f"{name}/{source.stem}_{hashlib.sha1(str(source).encode()).hexdigest()[:6]}.o"
+            if object_file not in known:
+                known.add(object_file)
+                writer.build(object_file, "compile", str(source), variables={"flags": f"{FLAGS} {flags} {include}"})
+            return object_file
+
+        for name, (of_kernels, of_emulator) in SANITIZERS.items():
+            objects = [compiled(path, name, f"{of_kernels} -x c++") for path in kernels(name)]
+            # It runs at every barrier.
+            objects.append(compiled(EMULATOR / "emulator.cpp", name, f"-O2 {of_emulator}"))
+            objects += [compiled(path, "host", "") for path in host()]
+            writer.build(f"{name}/emulated.so", "link", objects, variables={"flags": of_kernels})
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", jobs, "-C", str(folder)]
+    library = f"{sanitizer}/emulated.so"
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", jobs, "-C", str(folder), library]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}:\n{done.stdout[-8000:]}{done.stderr[-4000:]}")
-    return library
+    return folder / library
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from manifold_kernels import functional
 from manifold_kernels.bench import cases as selection
 from manifold_kernels.bench import formulas, networks, peers, plots, workloads
 from manifold_kernels.bench.cases import Case, cases
-from manifold_kernels.bench.measure import Bandwidth, Result, measure
+from manifold_kernels.bench.measure import Bandwidth, Result, clock_of, measure
 from manifold_kernels.bench.methods import METHODS, RETRACTIONS, Method
 from manifold_kernels.bench.peers import PEERS, Peer
 from manifold_kernels.bench.report import Report
@@ -49,7 +49,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     half = replace(series[0], name="conv 2 bfloat16", dtype=torch.bfloat16, against=series[0])
     monkeypatch.setattr(selection, "WORKLOADS", (*series, half))
     monkeypatch.setattr(plots, "SERIES", ("conv 2", "conv 4"))
-    monkeypatch.setattr(command, "bandwidth", lambda: Bandwidth(copy=10.0, update=15.0))
+    monkeypatch.setattr(command, "bandwidth", lambda device: Bandwidth(copy=10.0, update=15.0))
     yield
 
 
@@ -95,6 +95,17 @@ def test_variants_are_measured_against_themselves_in_float32_and_contiguous() ->
     (weight,) = next(of for of in WORKLOADS if of.name == "conv 256x256x3x3 channels_last").model().parameters()
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     assert weight.grad is not None and weight.grad.stride() == weight.stride()
+
+
+def test_everything_lies_on_the_device_in_the_same_strides() -> None:
+    """Weights, gradients and those of the workload that is the yardstick; "meta" is there on every machine."""
+    for case in cases(workloads=["conv 256* channels_last", "ResNet-20"], device="meta"):
+        assert case.workload.device == "meta"
+        for workload in filter(None, (case.workload, case.workload.against)):
+            pairs = zip(workload.model().parameters(), workload.on("cpu").model().parameters(), strict=True)
+            for there, here in pairs:
+                assert there.is_meta and there.grad.is_meta and not here.is_meta
+                assert there.stride() == here.stride() and there.grad.stride() == here.grad.stride()
 
 
 def test_patterns_select_and_a_wrong_one_is_refused() -> None:
@@ -271,12 +282,19 @@ def test_what_is_missing_is_told_and_left_out(tiny: None, tmp_path: Path, monkey
         (["--workload", "nothing"], "wanted patterns of"),
         (["--workload", "conv 2", "--method", "stiefel"], "wanted one that is measured on"),
         (["--backend", "gpu"], "wanted 'auto' or one of"),
+        (["--device", "tpu"], "wanted 'cpu' or 'cuda', got 'tpu'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_a_wrong_name_ends_the_command(tiny: None, arguments: list[str], complaint: str) -> None:
     result = runner.invoke(app, ["bench", *arguments], terminal_width=200)
     assert result.exit_code == 2 and complaint in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so(tiny: None) -> None:
+    result = runner.invoke(app, ["bench", "--device", "cuda"], terminal_width=200)
+    assert result.exit_code == 2 and "device: wanted a GPU" in result.output
 
 
 def test_a_peer_that_fails_is_told_and_left_out(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +332,30 @@ def test_steps_take_turns_and_alternate_who_is_first() -> None:
     timed = order[-8:]
     assert timed == ["other", "own", "own", "other"] * 2 and len(order) > 8
     assert result.turns == 4 and gc.isenabled()
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events, in milliseconds, lie round all steps of a row, which begins when earlier work is done."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0 * order.count("step")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    assert clock_of("cuda")(lambda: order.append("step")) == pytest.approx(2e-3)
+    steps = order.count("step")
+    assert steps > 1 and order == ["wait", "record", *["step"] * steps, "record", "wait"]
 
 
 def test_weights_stay_what_they_are_over_a_long_run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_emulated
 import pytest
@@ -24,15 +25,18 @@ RUNS = [
 
 @pytest.mark.long
 @pytest.mark.parametrize(("sanitizer", "runtime", "options", "chosen"), RUNS, ids=[run[0] for run in RUNS])
-def test_steps_under_a_sanitizer(sanitizer: str, runtime: str, options: dict[str, str], chosen: str) -> None:
-    found = library(runtime)
-    if os.sep not in found:
+def test_steps_under_a_sanitizer(
+    sanitizer: str, runtime: str, options: dict[str, str], chosen: str, tmp_path: Path
+) -> None:
+    preloaded = library(runtime)
+    if os.sep not in preloaded:
         pytest.skip(f"the compiler has no {runtime}")
     environment = {
         **os.environ,
-        **options,
+        # What it finds goes to a file: pytest keeps what the process that ends so has written.
+        **{name: f"{text}:log_path={tmp_path / 'found'}" for name, text in options.items()},
         # The C++ library, so that the sanitizer finds the functions behind an exception before Python loads it.
-        "LD_PRELOAD": f"{found} {library('libstdc++.so')}",
+        "LD_PRELOAD": f"{preloaded} {library('libstdc++.so')}",
         "MANIFOLD_KERNELS_EMULATED": str(build(sanitizer)),
         "OMP_NUM_THREADS": "1",
     }
@@ -40,4 +44,5 @@ def test_steps_under_a_sanitizer(sanitizer: str, runtime: str, options: dict[str
     skipped = ["-k", f"({chosen or 'test'}) and not os_threads"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *skipped, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    found = "".join(file.read_text()[:6000] for file in tmp_path.glob("found*"))
+    assert done.returncode == 0, found + done.stdout[-6000:] + done.stderr[-6000:]

@@ -122,7 +122,7 @@ class Elements {
 };
 
 template <class R, Pass pass>
-__global__ void __launch_bounds__(block_threads) elements(Tables t, const Tile* tiles) {
+__global__ void __launch_bounds__(block_threads, 3) elements(Tables t, const Tile* tiles) {
   if (is_skipped(t)) return;
   const Tile tile = tiles[blockIdx.x];
   const Elements<R> work(t, tile);

@@ -33,7 +33,7 @@ struct Team {
     MK_UNROLL
     for (int across = width / 2; across > 0; across /= 2) x = f(x, __shfl_xor_sync(mask(), x, across, width));
     if constexpr (is_block) {
-      __shared__ T each_warp[32];
+      MK_SHARED_ARRAY(T, each_warp, 32);
       const int lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
       __syncthreads();  // the last result has been read
       if (lane == 0) each_warp[threadIdx.x / 32] = x;

@@ -24,8 +24,11 @@ template <Retraction retraction>
 constexpr bool is_by_qr<StiefelMap<retraction>> = retraction == Retraction::qr;
 template <class R, class Map>
 constexpr int small_blocks(int elements, Pass pass) {
-  // 4 x 2 takes more rotations than 3 x 3 and would spill.
-  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) return pass == Pass::step && elements != 8 ? 8 : 7;
+  // 4 x 2 takes more rotations than 3 x 3 and would spill; so would the norms of 3 x 2 on a B200.
+  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) {
+    if (pass == Pass::step) return elements == 8 ? 7 : 8;
+    return elements == 6 ? 6 : 7;
+  }
   return pass == Pass::step && elements >= 56 ? 0 : 1;
 }
 
@@ -192,7 +195,7 @@ class Small {
   // All matrices of the tile. `rate`: lr / tau of a group that was measured before. Returns the thread's part of the
   // sum.
   MK_DEVICE double run(R rate) const {
-    __shared__ bool left_out[threads];
+    MK_SHARED_ARRAY(bool, left_out, threads);
     double sum = 0;
     for (int k = 0; k < tile.count; k += threads) {
       const int count = tile.count - k < threads ? tile.count - k : threads, own = int(threadIdx.x);

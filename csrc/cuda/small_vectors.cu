@@ -1,4 +1,5 @@
-// Kernels for spheres and oblique matrices of the sizes that convolutions have.
+// Kernels for spheres and oblique matrices of the sizes that convolutions have: those that registers hold, which two
+// times 49 doubles are not.
 #include "cuda/add_small.cuh"
 
 namespace mk {
@@ -7,9 +8,11 @@ namespace {
 
 template <class R, template <bool> class Map, int N, int P>
 void add(std::vector<Kernel>& table, ManifoldCode manifold) {
-  add_small<R, Map<false>, N, P, Pass::measure>(table, manifold, Retraction::add);
-  add_small<R, Map<false>, N, P, Pass::step>(table, manifold, Retraction::projection);
-  add_small<R, Map<true>, N, P, Pass::step>(table, manifold, Retraction::exp);
+  if constexpr (sizeof(R) == 4 || N * P <= 25) {
+    add_small<R, Map<false>, N, P, Pass::measure>(table, manifold, Retraction::add);
+    add_small<R, Map<false>, N, P, Pass::step>(table, manifold, Retraction::projection);
+    add_small<R, Map<true>, N, P, Pass::step>(table, manifold, Retraction::exp);
+  }
 }
 
 }  // namespace

@@ -72,6 +72,7 @@ def cases(
     threads: Sequence[int] = (1,),
     retractions: bool = False,
     peers: Sequence[Peer] = (),
+    device: str = "cpu",
 ) -> list[Case]:
     """Everything to be measured, workload by workload and in these by threads.
 
@@ -82,6 +83,7 @@ def cases(
         threads: numbers of threads.
         retractions: with the retractions beside the default ones.
         peers: with other libraries.
+        device: where everything lies, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         ValueError: a pattern matches nothing, or no method of those is measured on one of these workloads.
@@ -93,7 +95,7 @@ def cases(
         for workload in select("workload", WORKLOADS, workloads)
         for count in threads
         for one in chosen
-        for case in _cases_of(workload, one, backends, count)
+        for case in _cases_of(workload.on(device), one, backends, count)
     ]
     if not found:
         raise ValueError(f"method: wanted one that is measured on {list(workloads)}, got {list(methods)}.")

@@ -62,7 +62,7 @@ def _fusible_stiefel(w: Tensor, m: Tensor) -> Tensor:
     # X <- X (I - up(X^T X - I)), up the strict upper triangle and half the diagonal, converges to qf(Y) quadratically;
     # after a short step two are enough.
     for _ in range(2):
-        excess = y.mT @ y - torch.eye(y.shape[2])
+        excess = y.mT @ y - torch.eye(y.shape[2], device=y.device)
         y = y - y @ (excess.triu(1) + torch.diag_embed(excess.diagonal(dim1=-2, dim2=-1) / 2))
     return y
 

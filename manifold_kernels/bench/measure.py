@@ -1,4 +1,4 @@
-"""Taking the time: two steps in turns, so that both see the same machine."""
+"""Taking the time: two steps in turns, so that both see the same machine. On a GPU by its own clock (CUDA events)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from manifold_kernels.bench.cases import PEER, Case
 #: Turns of a case: enough for quartiles of a slow one, and an end for a fast one.
 _FEWEST, _MOST = 5, 4000
 _WARM_UP = 3
+
+#: Steps of a turn on a GPU: in a row, as they follow each other in a training whose queue never runs empty.
+_ROW = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Result:
     workload: str
     method: str
     backend: str
+    device: str
     threads: int
     elements: int
     baseline: str
@@ -51,7 +55,7 @@ class Result:
     @property
     def column(self) -> str:
         """The method, and the backend where it is not that of the compiled kernels."""
-        return self.method if self.backend in ("cpu", PEER) else f"{self.method}, {self.backend}"
+        return self.method if self.backend in (self.device, PEER) else f"{self.method}, {self.backend}"
 
 
 @contextmanager
@@ -83,6 +87,7 @@ def measure(case: Case, seconds: float, turns: int | None = None) -> Result:
     Every other turn begins with the other step, and the first few are not counted. Tensors are made before.
     """
     subject, baseline = case.subject(), case.baseline()
+    clock = clock_of(case.workload.device)
     with _no_garbage_collection():
         for _ in range(_WARM_UP):
             subject()
@@ -91,11 +96,11 @@ def measure(case: Case, seconds: float, turns: int | None = None) -> Result:
         end = time.perf_counter() + seconds
         while len(pairs) < (turns or _FEWEST) or (turns is None and len(pairs) < _MOST and time.perf_counter() < end):
             if len(pairs) % 2:
-                first = _time(subject)
-                pairs.append((first, _time(baseline)))
+                first = clock(subject)
+                pairs.append((first, clock(baseline)))
             else:
-                first = _time(baseline)
-                pairs.append((_time(subject), first))
+                first = clock(baseline)
+                pairs.append((clock(subject), first))
     step, other = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratios = [own / yardstick for own, yardstick in pairs]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -105,6 +110,7 @@ def measure(case: Case, seconds: float, turns: int | None = None) -> Result:
         workload=case.workload.name,
         method=case.method,
         backend=case.backend,
+        device=case.workload.device,
         threads=case.threads,
         elements=elements,
         baseline=case.baseline_name,
@@ -131,17 +137,36 @@ class Bandwidth:
     update: float
 
 
-def bandwidth() -> Bandwidth:
-    """The memory's rates on the present threads, the best of nine."""
-    source, target = torch.ones(2**26), torch.zeros(2**26)
+def bandwidth(device: str = "cpu") -> Bandwidth:
+    """The memory's rates on the present threads, or on the GPU, the best of nine."""
+    source, target = torch.ones(2**26, device=device), torch.zeros(2**26, device=device)
+    clock = clock_of(device)
 
     def rate(pass_over: Callable[[], object]) -> float:
-        return 2 * source.nbytes / min(_time(pass_over) for _ in range(9)) / 1e9
+        return 2 * source.nbytes / min(clock(pass_over) for _ in range(9)) / 1e9
 
     return Bandwidth(copy=rate(lambda: target.copy_(source)), update=rate(target.neg_))
 
 
-def _time(step: Callable[[], object]) -> float:
+def clock_of(device: str) -> Callable[[Callable[[], object]], float]:
+    """What takes the seconds of a step there."""
+    return {"cpu": _on_the_cpu, "cuda": _on_the_gpu}[device]
+
+
+def _on_the_cpu(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
+
+
+def _on_the_gpu(step: Callable[[], object]) -> float:
+    """Of one in a row of steps, launches included where the GPU waits for them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(_ROW):
+        step()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / _ROW

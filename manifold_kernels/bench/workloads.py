@@ -31,6 +31,7 @@ class Workload:
         dtype: of weights, gradients and momenta.
         memory_format: of the weights of convolutions.
         against: the workload on which the same method is the yardstick; ``None``: fused SGD on this one.
+        device: where weights, gradients and states lie, ``"cpu"`` or ``"cuda"``.
     """
 
     name: str
@@ -42,9 +43,15 @@ class Workload:
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
     against: Workload | None = None
+    device: str = "cpu"
+
+    def on(self, device: str) -> Workload:
+        """The same on ``device``."""
+        against = None if self.against is None else self.against.on(device)
+        return replace(self, device=device, against=against)
 
     def model(self) -> nn.Module:
-        """The layers with weights and gradients, the same at every call."""
+        """The layers with weights and gradients, the same at every call and on every device."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.layers().to(dtype=self.dtype)
@@ -52,7 +59,7 @@ class Workload:
                 if weight.dim() == 4:
                     weight.data = weight.data.contiguous(memory_format=self.memory_format)
                 weight.grad = torch.randn_like(weight) * _GRADIENT
-        return model
+        return model.to(self.device)
 
     def elements(self) -> int:
         """The number of weights."""

@@ -32,9 +32,11 @@ def bench(
     method: Annotated[list[str] | None, typer.Option(help="Methods by name or pattern ('stiefel*').")] = None,
     retractions: Annotated[bool, typer.Option(help="With every retraction, not only the default ones.")] = False,
     peers: Annotated[bool, typer.Option(help="With geoopt and plain PyTorch, where they can be used.")] = False,
+    device: Annotated[str, typer.Option(help="Where weights lie: cpu, or cuda for a GPU.")] = "cpu",
     backend: Annotated[list[str] | None, typer.Option(help="Backends by name; the default one otherwise.")] = None,
     thread: Annotated[
-        list[int] | None, typer.Option("--threads", min=1, help="Numbers of threads; one and all otherwise.")
+        list[int] | None,
+        typer.Option("--threads", min=1, help="Numbers of threads; one and all otherwise, on a GPU one."),
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=2, help=f"Turns a case; as many as fit into {_SECONDS} s otherwise.")
@@ -58,9 +60,10 @@ def bench(
             for lines in _by_workload(report.results):
                 console.print(_table(lines))
         else:
-            backends = backend or [ops.automatic("cpu")]
+            _check(device)
+            backends = backend or [ops.automatic(device)]
             for name in backends:
-                ops.resolve(name, torch.device("cpu"))
+                ops.resolve(name, torch.device(device))
             found, missing = usable() if peers else ([], {})
             for name, reason in missing.items():
                 console.print(f"[yellow]{name}: left out:[/] {reason}")
@@ -68,14 +71,15 @@ def bench(
                 workloads=workload or (QUICK_WORKLOADS if quick else ()),
                 methods=method or (QUICK_METHODS if quick else ()),
                 backends=backends,
-                threads=thread or sorted({1, info.processors()}),
+                threads=thread or sorted({1, info.processors() if device == "cpu" else 1}),
                 retractions=retractions,
                 peers=found,
+                device=device,
             )
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     if read is None:
-        report = _run(chosen, _QUICK_SECONDS if quick else _SECONDS, repeats, console)
+        report = _run(chosen, device, _QUICK_SECONDS if quick else _SECONDS, repeats, console)
         report.write(json)
         console.print(f"written to {json}")
     _conclude(report, console)
@@ -84,7 +88,14 @@ def bench(
             console.print(f"plot: {path}")
 
 
-def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Console) -> Report:
+def _check(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: wanted 'cpu' or 'cuda', got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device: wanted a GPU that torch {torch.__version__} can use, got none on this machine.")
+
+
+def _run(chosen: list[Case], device: str, seconds: float, repeats: int | None, console: Console) -> Report:
     """Measure, and show every workload as soon as it is done; what is there when the user interrupts is a report."""
     load = os.getloadavg()[0]
     if load > _BUSY:
@@ -96,7 +107,7 @@ def _run(chosen: list[Case], seconds: float, repeats: int | None, console: Conso
         try:
             for count in sorted({case.threads for case in chosen}):
                 with threads(count):
-                    rates[count] = bandwidth()
+                    rates[count] = bandwidth(device)
             for _, same_workload in groupby(chosen, lambda case: case.workload.name):
                 lines: list[Result] = []
                 for count, group in groupby(same_workload, lambda case: case.threads):

@@ -1,8 +1,10 @@
 // The fibers behind emulator.h.
 //
 // Compile this file without -fsanitize=thread: it tells ThreadSanitizer by hand what CUDA orders, the threads of a
-// block at barriers, the lanes of a warp at __syncwarp (shuffles and votes order no memory), and blocks of different
-// launches.
+// block at barriers, the lanes of a warp at __syncwarp (shuffles and votes order no memory), a fence that follows
+// an atomic number behind one that came before a change of it, and blocks of different launches. It would take what a
+// block does at an address that another block had before for a race; so under it every block has shared memory and
+// what stands for its barriers of its own, and other fibers than the blocks before it.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -15,6 +17,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 extern "C" void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 extern "C" void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 #endif
@@ -36,7 +39,8 @@ namespace {
 
 enum class State { fresh, ready, waiting, done };
 
-constexpr size_t stack_bytes = 512 << 10, guard_bytes = 4096;
+constexpr size_t stack_bytes = 512 << 10, guard_bytes = 4096, array_bytes = 4096;
+constexpr size_t blocks_apart = 4;
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -51,11 +55,26 @@ struct Running : Thread {
   unsigned mask;
   int line;
   unsigned warp_barriers;
+  bool fenced;
+  void* seen;  // the last atomic number that it changed
   Fiber* fiber;
 };
 
+// The memory of a block, and addresses that stand for what ThreadSanitizer is told.
+struct Block {
+  char* dynamic = nullptr;
+  char* arrays = nullptr;
+  std::vector<Running> threads;  // once it has run
+  char barrier_order[2], warp_order[32][2];
+};
+
 Fiber scheduler;
-std::vector<Fiber*> idle, used;  // `used`: by ThreadSanitizer's leave no second thread of a block runs on a fiber
+std::vector<Fiber*> idle;
+std::vector<Fiber*> apart[blocks_apart];  // under ThreadSanitizer, in place of it
+size_t next_apart;
+std::vector<Block*> blocks;                         // of the launch: the only one, or under ThreadSanitizer all of them
+std::vector<std::pair<const void*, char*>> arrays;  // of the running block, by where they are declared
+size_t array_end;
 std::vector<Running> threads;
 std::vector<int> order;
 size_t next_fresh;
@@ -65,14 +84,13 @@ int votes[2];
 int in_collective[32];  // threads of each warp that wait in one
 void (*kernel)(void*);
 void* kernel_context;
-void* shared;
+size_t dynamic_bytes;
 std::vector<int64_t> launches;
 unsigned schedule;
 std::mt19937 random_order;
 const void* main_stack;
 size_t main_stack_bytes;
-char launch_order, end_order, barrier_order[2],
-    warp_order[32][2];  // addresses that stand for what ThreadSanitizer is told
+char launch_order, end_order;
 
 bool races_are_watched() { return __tsan_create_fiber != nullptr; }
 
@@ -216,7 +234,7 @@ void fiber_body() {
       thread_ends(t);
       if (races_are_watched()) break;
     }
-    (races_are_watched() ? used : idle).push_back(self);
+    if (!races_are_watched()) idle.push_back(self);
     switch_fibers(*self, scheduler);
   }
 }
@@ -252,6 +270,54 @@ void wait() {
   current = self;
 }
 
+// To ThreadSanitizer what runs on one fiber is ordered: neither do two threads of a block, nor those of blocks that
+// follow each other.
+Fiber* fiber_for_a_thread() {
+  if (races_are_watched()) {
+    std::vector<Fiber*>& own = apart[blocks.size() % blocks_apart];
+    if (next_apart == own.size()) own.push_back(new_fiber());
+    return own[next_apart++];
+  }
+  if (idle.empty()) return new_fiber();
+  Fiber* fiber = idle.back();
+  idle.pop_back();
+  return fiber;
+}
+
+// Dynamic shared memory to the byte, so that a step beyond its end is seen.
+Block* new_block() {
+  Block* block = new Block;
+  if (dynamic_bytes) block->dynamic = static_cast<char*>(std::aligned_alloc(16, (dynamic_bytes + 15) / 16 * 16));
+  block->arrays = static_cast<char*>(std::aligned_alloc(16, array_bytes));
+  return block;
+}
+
+void delete_blocks() {
+  for (Block* block : blocks) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(block->arrays, array_bytes);
+#endif
+    std::free(block->dynamic);
+    std::free(block->arrays);
+    delete block;
+  }
+  blocks.clear();
+}
+
+// Nothing is in shared memory that the block has not written.
+void clear(Block* block) {
+  arrays.clear();
+  array_end = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(block->arrays, array_bytes);
+#endif
+  std::memset(block->arrays, 0xff, array_bytes);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(block->arrays, array_bytes);
+#endif
+  if (dynamic_bytes) std::memset(block->dynamic, 0xff, dynamic_bytes);
+}
+
 // Completes a collective once every lane of its mask waits in it.
 void try_collective(const Running& self) {
   const unsigned mask = self.mask;
@@ -274,7 +340,9 @@ void try_collective(const Running& self) {
     if (t->wait == Wait::shuffle) {
       if (!(mask >> t->source & 1)) fail("a shuffle reads a lane outside of its mask", t->line);
       const Running* source = lane(self.warp, t->source);
-      std::copy(source->given, source->given + 2, t->got);
+      // Word by word: ThreadSanitizer takes a memmove for an access of the thread that is running.
+      t->got[0] = source->given[0];
+      t->got[1] = source->given[1];
     } else if (t->wait == Wait::ballot) {
       t->got[0] = ballot;
     }
@@ -286,7 +354,8 @@ void try_collective(const Running& self) {
 void run_block(unsigned index) {
   const int count = int(threads.size());
   block_index = {index, 0, 0};
-  if (races_are_watched()) __tsan_acquire(&end_order);  // blocks share the memory that stands for theirs
+  if (blocks.empty() || races_are_watched()) blocks.push_back(new_block());
+  clear(blocks.back());
   for (int i = 0; i < count; i++) {
     threads[size_t(i)] = Running{};
     threads[size_t(i)].index = {unsigned(i), 0, 0};
@@ -295,17 +364,14 @@ void run_block(unsigned index) {
     order[size_t(i)] = i;
   }
   if (schedule) std::shuffle(order.begin(), order.end(), random_order);
-  next_fresh = 0;
+  next_fresh = next_apart = 0;
   done = at_barrier = 0;
   std::fill(std::begin(in_collective), std::end(in_collective), 0);
-  idle.insert(idle.end(), used.begin(), used.end());
-  used.clear();
   if (races_are_watched()) __tsan_release(&launch_order);
   while (done < count) {
     bool moved = false;
     while (next_fresh < size_t(count)) {
-      starting = idle.empty() ? new_fiber() : idle.back();
-      if (!idle.empty()) idle.pop_back();
+      starting = fiber_for_a_thread();
       moved = true;
       // A fiber that is new begins in fiber_body, an idle one goes on there.
       switch_fibers(scheduler, *starting);
@@ -323,11 +389,40 @@ void run_block(unsigned index) {
       fail("nothing goes on: a barrier or a collective that not all of its threads reach", 0);
     }
   }
+  if (races_are_watched()) {
+    blocks.back()->threads = std::move(threads);
+    threads.assign(size_t(count), Running{});
+  }
 }
 
 }  // namespace
 
-void* shared_memory() { return shared; }
+void* shared_memory() { return blocks.back()->dynamic; }
+
+void* shared_array(const void* which, size_t bytes) {
+  for (const auto& [known, at] : arrays)
+    if (known == which) return at;
+  char* at = blocks.back()->arrays + array_end;
+  array_end += (bytes + 31) / 32 * 32 + 32;
+  if (array_end > array_bytes) fail("more arrays in shared memory than the emulator has room for", 0);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(at, bytes);
+#endif
+  arrays.emplace_back(which, at);
+  return at;
+}
+
+void fence() {
+  Running* self = running();
+  self->fenced = true;
+  if (self->seen && races_are_watched()) __tsan_acquire(self->seen);
+}
+
+void atomic(void* at) {
+  Running* self = running();
+  if (self->fenced && races_are_watched()) __tsan_release(at);
+  self->seen = at;
+}
 
 void set_schedule(unsigned seed) {
   schedule = seed;
@@ -343,10 +438,10 @@ void block_barrier(int line) {
   self->state = State::waiting;
   const unsigned number = barriers;
   at_barrier++;
-  if (races_are_watched()) __tsan_release(&barrier_order[number % 2]);
+  if (races_are_watched()) __tsan_release(&blocks.back()->barrier_order[number % 2]);
   try_barrier();
   wait();
-  if (races_are_watched()) __tsan_acquire(&barrier_order[number % 2]);
+  if (races_are_watched()) __tsan_acquire(&blocks.back()->barrier_order[number % 2]);
 }
 
 int block_vote(bool vote, int line) {
@@ -365,7 +460,7 @@ void collective(unsigned mask, Wait kind, int line) {
   self->line = line;
   self->state = State::waiting;
   const bool orders = kind == Wait::sync_warp && races_are_watched();
-  char* order_of = &warp_order[self->warp][self->warp_barriers % 2];
+  char* order_of = &blocks.back()->warp_order[self->warp][self->warp_barriers % 2];
   if (orders) {
     __tsan_release(order_of);
     self->warp_barriers++;
@@ -376,34 +471,28 @@ void collective(unsigned mask, Wait kind, int line) {
   if (orders) __tsan_acquire(order_of);
 }
 
-void launch(unsigned blocks, unsigned count, size_t bytes, void (*body)(void*), void* context) {
-  launches.push_back(blocks);
+void launch(unsigned number, unsigned count, size_t bytes, void (*body)(void*), void* context) {
+  launches.push_back(number);
   current = nullptr;
   if (count < 1 || count > 1024) fail("wanted 1 to 1024 threads in a block", 0);
   block_size = {count, 1, 1};
-  grid_size = {blocks, 1, 1};
+  grid_size = {number, 1, 1};
   kernel = body;
   kernel_context = context;
   threads.assign(count, Running{});
   order.resize(count);
   idle.reserve(2048);
-  used.reserve(2048);
-  std::vector<unsigned> sequence(blocks);
-  for (unsigned b = 0; b < blocks; b++) sequence[b] = b;
+  dynamic_bytes = bytes;
+  std::vector<unsigned> sequence(number);
+  for (unsigned b = 0; b < number; b++) sequence[b] = b;
   if (schedule) std::shuffle(sequence.begin(), sequence.end(), random_order);
   if (races_are_watched()) {
     if (!scheduler.thread_sanitizer) scheduler.thread_sanitizer = __tsan_get_current_fiber();
     __tsan_release(&launch_order);
   }
-  // To the byte, so that a step beyond its end is seen.
-  shared = bytes ? std::aligned_alloc(16, (bytes + 15) / 16 * 16) : nullptr;
-  for (const unsigned b : sequence) {
-    if (bytes) std::memset(shared, 0xff, bytes);
-    run_block(b);
-  }
+  for (const unsigned b : sequence) run_block(b);
   if (races_are_watched()) __tsan_acquire(&end_order);
-  std::free(shared);
-  shared = nullptr;
+  delete_blocks();
   current = nullptr;
 }
 

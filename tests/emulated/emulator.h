@@ -3,7 +3,9 @@
 //
 // A block runs alone, from barrier to barrier: each thread goes until it waits at a barrier or a warp's collective,
 // then the next one's fiber goes on. set_schedule(seed) shuffles the order of blocks and threads. Blocks run one after
-// the other: nothing in csrc/cuda waits for another block, which would never come here.
+// the other: nothing in csrc/cuda waits for another block, which would never come here, and for ThreadSanitizer blocks
+// are not ordered: what one writes and another reads in the same launch is a race, unless it lies before a
+// __threadfence and the change of an atomic number there, and behind such a change and a __threadfence here.
 //
 // Found are: barriers and collectives that not all of their threads reach, lanes outside of their own mask, shuffles
 // from lanes that have exited, and, by the sanitizers that know of the fibers, accesses out of bounds
@@ -24,8 +26,6 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-// One block runs at a time. Static storage has red zones round it, so that AddressSanitizer sees steps beyond its end.
-#define __shared__ static
 
 namespace emulator {
 
@@ -47,6 +47,9 @@ extern Thread* current;
 extern Index block_index, block_size, grid_size;
 
 void* shared_memory();
+void* shared_array(const void* which, size_t bytes);  // the same for all threads of a block
+void fence();
+void atomic(void* at);  // before the number there is changed
 void block_barrier(int line);
 int block_vote(bool vote, int line);  // whether any thread of the block votes so
 void collective(unsigned mask, Wait kind, int line);
@@ -79,6 +82,7 @@ T shuffle(unsigned mask, T value, int source, int line) {
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::block_barrier(line); }
 inline int __syncthreads_or(int vote, int line = __builtin_LINE()) { return emulator::block_vote(vote != 0, line); }
+inline void __threadfence() { emulator::fence(); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
   emulator::collective(mask, emulator::Wait::sync_warp, line);
 }
@@ -100,7 +104,8 @@ T __shfl_xor_sync(unsigned mask, T value, int across, int width = 32, int line =
   return emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, line);
 }
 
-// Real atomics, so that ThreadSanitizer does not call them races.
+// Real atomics, so that ThreadSanitizer does not call them races. They order nothing else.
 inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  emulator::atomic(at);
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }

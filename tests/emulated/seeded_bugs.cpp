@@ -15,24 +15,26 @@ struct Data {
   float* in;
   float* out;
   int count;
+  float* partials;
+  unsigned long long* blocks_done;
 };
 
 void none(Data d) {
-  __shared__ float tile[64];
+  MK_SHARED_ARRAY(float, tile, 64);
   tile[threadIdx.x] = d.in[threadIdx.x];
   __syncthreads();
   d.out[threadIdx.x] = tile[63 - threadIdx.x];
 }
 
 void missing_barrier(Data d) {
-  __shared__ float tile[64];
+  MK_SHARED_ARRAY(float, tile, 64);
   tile[threadIdx.x] = d.in[threadIdx.x];
   d.out[threadIdx.x] = tile[63 - threadIdx.x];
 }
 
 // A shuffle brings lanes together; it does not order their memory.
 void missing_warp_barrier(Data d) {
-  __shared__ float tile[64];
+  MK_SHARED_ARRAY(float, tile, 64);
   tile[threadIdx.x] = d.in[threadIdx.x];
   const float first = __shfl_sync(~0u, d.in[threadIdx.x], 0);
   d.out[threadIdx.x] = first + tile[threadIdx.x ^ 1];
@@ -55,8 +57,8 @@ void shuffle_outside_of_its_mask(Data d) {
   if (threadIdx.x % 32 < 8) d.out[threadIdx.x] = __shfl_sync(0xffu, d.in[threadIdx.x], 12);
 }
 
-void static_shared_beyond_its_end(Data d) {
-  __shared__ float tile[64];
+void array_in_shared_beyond_its_end(Data d) {
+  MK_SHARED_ARRAY(float, tile, 64);
   tile[threadIdx.x + 1] = d.in[threadIdx.x];
   __syncthreads();
   d.out[threadIdx.x] = tile[threadIdx.x];
@@ -71,22 +73,45 @@ void dynamic_shared_beyond_its_end(Data d) {
 
 void global_beyond_its_end(Data d) { d.out[threadIdx.x + 1] = d.in[threadIdx.x]; }
 
+// Every block leaves a sum of 16 numbers, and the last one to come adds them up. What it waits for is a number of
+// blocks, behind which fences put their sums.
+template <bool Waits, bool Fences>
+void phases(Data d) {
+  if (threadIdx.x != 0) return;
+  float sum = 0;
+  for (int i = 0; i < 16; i++) sum += d.in[16 * blockIdx.x + unsigned(i)];
+  d.partials[blockIdx.x] = sum;
+  if (Fences) __threadfence();
+  const unsigned long long place = Waits ? atomicAdd(d.blocks_done, 1) : blockIdx.x;
+  if (place != gridDim.x - 1) return;
+  if (Fences) __threadfence();
+  for (unsigned b = 0; b < gridDim.x; b++) d.out[0] += d.partials[b];
+}
+
 void uninitialised_shared(Data d) {
   MK_SHARED(float, tile);
   d.out[threadIdx.x] = tile[threadIdx.x];
 }
 
-const std::map<std::string, void (*)(Data)> kernels = {
-    {"none", none},
-    {"missing_barrier", missing_barrier},
-    {"missing_warp_barrier", missing_warp_barrier},
-    {"divergent_barrier", divergent_barrier},
-    {"divergent_shuffle", divergent_shuffle},
-    {"shuffle_outside_of_its_mask", shuffle_outside_of_its_mask},
-    {"static_shared_beyond_its_end", static_shared_beyond_its_end},
-    {"dynamic_shared_beyond_its_end", dynamic_shared_beyond_its_end},
-    {"global_beyond_its_end", global_beyond_its_end},
-    {"uninitialised_shared", uninitialised_shared},
+struct Kernel {
+  void (*kernel)(Data);
+  unsigned blocks = 1;
+};
+
+const std::map<std::string, Kernel> kernels = {
+    {"none", {none}},
+    {"missing_barrier", {missing_barrier}},
+    {"missing_warp_barrier", {missing_warp_barrier}},
+    {"divergent_barrier", {divergent_barrier}},
+    {"divergent_shuffle", {divergent_shuffle}},
+    {"shuffle_outside_of_its_mask", {shuffle_outside_of_its_mask}},
+    {"array_in_shared_beyond_its_end", {array_in_shared_beyond_its_end}},
+    {"dynamic_shared_beyond_its_end", {dynamic_shared_beyond_its_end}},
+    {"global_beyond_its_end", {global_beyond_its_end}},
+    {"no_bug_between_phases", {phases<true, true>, 4}},
+    {"missing_wait_between_phases", {phases<false, true>, 4}},
+    {"missing_fence_between_phases", {phases<true, false>, 4}},
+    {"uninitialised_shared", {uninitialised_shared}},
 };
 
 struct Call {
@@ -100,14 +125,16 @@ struct Call {
 int main(int count, char** arguments) {
   if (count != 3) return 2;
   emulator::set_schedule(unsigned(std::atoi(arguments[2])));
-  std::vector<float> in(64), out(64);
+  const Kernel& chosen = kernels.at(arguments[1]);
+  std::vector<float> in(64), out(64), partials(4);
+  unsigned long long blocks_done = 0;
   for (int i = 0; i < 64; i++) in[size_t(i)] = float(i);
-  Call call{kernels.at(arguments[1]), {in.data(), out.data(), 20}};
+  Call call{chosen.kernel, {in.data(), out.data(), 20, partials.data(), &blocks_done}};
   const auto body = [](void* given) {
     const Call& c = *static_cast<Call*>(given);
     c.kernel(c.data);
   };
-  emulator::launch(1, 64, 64 * sizeof(float), body, &call);
+  emulator::launch(chosen.blocks, 64, 64 * sizeof(float), body, &call);
   float sum = 0;
   for (const float x : out) sum += x;
   std::printf("%g\n", double(sum));
