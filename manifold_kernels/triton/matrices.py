@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from manifold_kernels.triton import householder, step_size
 from manifold_kernels.triton import momentum as sgd
-from manifold_kernels.triton import step_size
 from manifold_kernels.triton.addressing import address, offsets
 from manifold_kernels.triton.arithmetic import divide, finite, power_of_two
 from manifold_kernels.triton.tables import (
@@ -82,38 +82,6 @@ def newton_qf(y, one):
 
 
 @triton.jit
-def householder_qf(y, P: tl.constexpr):
-    """The Q factor with a positive diagonal of R by Householder reflections: of any matrix, zero columns included."""
-    row = tl.arange(0, y.shape[0])
-    at = tl.arange(0, y.shape[1])
-    TINY: tl.constexpr = 1e-280 if y.dtype == tl.float64 else 1e-30
-    reflectors = tl.zeros_like(y)
-    betas = tl.zeros((y.shape[1],), y.dtype)
-    signs = tl.zeros((y.shape[1],), y.dtype) + 1.0
-    for k in range(P):
-        here = at[None, :] == k
-        x = tl.where(row >= k, tl.sum(tl.where(here, y, 0.0), 1), 0.0)
-        square = tl.sum(x * x, 0)
-        zero = square < TINY
-        length = tl.sqrt(tl.where(zero, 1.0, square))
-        head = tl.sum(tl.where(row == k, x, 0.0), 0)
-        side = tl.where(head < 0, -length, length)
-        v = tl.where(row == k, x + side, x)
-        beta = tl.where(zero, 0.0, 1.0 / (length * (length + tl.abs(head))))
-        y = y - (beta * v)[:, None] * tl.sum(v[:, None] * y, 0)[None, :]
-        reflectors = tl.where(here, v[:, None], reflectors)
-        betas = tl.where(at == k, beta, betas)
-        signs = tl.where(at == k, tl.where(zero | (head < 0), 1.0, -1.0), signs)
-    q = ((row[:, None] == at[None, :]) & (at < P)[None, :]).to(y.dtype)
-    for back in range(P):
-        k = P - 1 - back
-        v = tl.sum(tl.where(at[None, :] == k, reflectors, 0.0), 1)
-        beta = tl.sum(tl.where(at == k, betas, 0.0), 0)
-        q = q - (beta * v)[:, None] * tl.sum(v[:, None] * q, 0)[None, :]
-    return q * signs[None, :]
-
-
-@triton.jit
 def retract_qr(q, xi, step, N: tl.constexpr, P: tl.constexpr):
     """``qf(q + step xi)``: by products where that is nearly orthonormal, as after any usual step; else by reflections.
 
@@ -124,7 +92,7 @@ def retract_qr(q, xi, step, N: tl.constexpr, P: tl.constexpr):
     if square_norm(gram(y, y) - one) < 0.0625:
         y = newton_qf(y, one)
     else:
-        y = householder_qf(y, P)
+        y = tl.reshape(householder.qf(y[None, :, :], P), (y.shape[0], y.shape[1]))
     return y
 
 
