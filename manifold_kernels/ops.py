@@ -148,13 +148,16 @@ def backends() -> dict[str, str | None]:
     }
 
 
+#: What ``"auto"`` takes for tensors there: the first that can be used.
+FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
 def automatic(device_type: str) -> str:
     """The backend that ``"auto"`` means: ``MANIFOLD_KERNELS_BACKEND``, or the fastest one for parameters there."""
     if (chosen := os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto")) != "auto":
         return chosen
     known = backends()
-    fastest = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device_type, ())
-    return next((name for name in fastest if known[name] is None), "reference")
+    return next(name for name in FASTEST.get(device_type, ("reference",)) if known[name] is None)
 
 
 def in_graphs(step: Step) -> Step:

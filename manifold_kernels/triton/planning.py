@@ -21,7 +21,10 @@ from manifold_kernels.triton import elements, grassmann, lanes, matrices, scale_
 from manifold_kernels.triton.addressing import AXIS_COLUMNS
 from manifold_kernels.triton.axes import Axes
 from manifold_kernels.triton.registry import ARCS, LANE_MANIFOLDS, MATRIX_RETRACTIONS
-from manifold_kernels.triton.support import interpreted
+from manifold_kernels.triton.support import interpreted, unsupported
+
+if (_reason := unsupported()) is not None:
+    raise ImportError(f"manifold_kernels.triton: {_reason}")
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
