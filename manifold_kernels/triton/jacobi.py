@@ -11,7 +11,7 @@ import triton.language as tl
 
 from manifold_kernels.triton import householder
 from manifold_kernels.triton.arithmetic import divide, inverse_root, root
-from manifold_kernels.triton.batched import gram, identity, product
+from manifold_kernels.triton.batched import gram, identity, product, transpose
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def completed(u, turns, missing, SIZE: tl.constexpr):
     order = (place[:, :, None] == at[None, None, :]).to(u.dtype)  # row i goes to place[i]
     u = gram(order, tl.where(missing[:, :, None], 0.0, u), SIZE)
     turns = gram(order, turns, SIZE)
-    return tl.trans(householder.qf(tl.trans(u, 0, 2, 1), SIZE), 0, 2, 1), turns
+    return transpose(householder.qf(transpose(u), SIZE)), turns
 
 
 @triton.jit
