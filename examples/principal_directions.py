@@ -5,7 +5,7 @@ import torch
 from manifold_kernels import FGSGD, functional
 
 
-def main() -> float:
+def main(steps: int = 200) -> float:
     torch.manual_seed(0)
     data = torch.randn(500, 20, dtype=torch.float64) * torch.linspace(3, 1, 20, dtype=torch.float64)
     covariance = data.T @ data / len(data)
@@ -13,7 +13,7 @@ def main() -> float:
     # Rows are outputs, so that W (5 x 20) has orthonormal rows: W Wᵀ = I.
     weight = functional.projx("stiefel", torch.randn(5, 20, dtype=torch.float64)).requires_grad_()
     optimizer = FGSGD([{"params": [weight], "manifold": "stiefel", "retraction": "qr"}], lr=0.2, step_size="none")
-    for step in range(200):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = -torch.trace(weight @ covariance @ weight.T) / 2
         loss.backward()

@@ -38,9 +38,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def main() -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--images", type=int, default=4000, help="to train with")
     parser.add_argument("--alpha", type=float, default=16384.0)
     options = parser.parse_args()
-    images = digits()
+    images = digits().first(options.images)
     errors = {}
     for name, optimizer_of in (("SGD", sgd), ("PSI-SGD", psi)):
         for alpha in (1.0, options.alpha):

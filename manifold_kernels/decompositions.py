@@ -1,13 +1,17 @@
 """The operators behind :mod:`manifold_kernels.functional`: batched QR and polar decompositions.
 
 ``qr``, ``qf`` and ``polar`` take matrices ``(..., n, p)`` in float32 or float64 of any strides and return contiguous
-tensors. The compiled extension implements them for the CPU, torch's linear algebra everywhere else, on the same
-contract: ``diag(r) >= 0``, orthonormal factors for any finite matrix, and NaN for a matrix with NaN or Inf. Schemas,
-fake kernels, derivatives and batching rules stand here, once for all of them.
+tensors. The compiled extension implements them for the CPU, ``triton_qr`` and so on are those of the Triton backend,
+and torch's linear algebra is the reference, on the same contract: ``diag(r) >= 0``, orthonormal factors for any finite
+matrix, and NaN for a matrix with NaN or Inf. Schemas, fake kernels, derivatives and batching rules stand here, once for
+all of them.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,9 +20,20 @@ from torch import Tensor
 from manifold_kernels import ops
 
 _library = torch.library.Library("manifold_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("qr(Tensor x) -> (Tensor q, Tensor r)")  # type: ignore[no-untyped-call]
-_library.define("qf(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("polar(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+for _prefix in ("", "triton_"):
+    _library.define(f"{_prefix}qr(Tensor x) -> (Tensor q, Tensor r)")  # type: ignore[no-untyped-call]
+    _library.define(f"{_prefix}qf(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+    _library.define(f"{_prefix}polar(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def check_matrices(name: str, x: Tensor) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``x`` holds matrices that are not empty, in float32 or float64."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: wanted float32 or float64, got {x.dtype}. Convert it with .float().")
+    if x.dim() < 2 or x.shape[-2] == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: wanted matrices (..., n, p) with n, p >= 1, got shape {tuple(x.shape)}. Unsqueeze vectors."
+        )
 
 
 def _poison(x: Tensor) -> Tensor:
@@ -42,6 +57,19 @@ def torch_polar(x: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(torch.where(poison == 0, x, 0), full_matrices=False)
     q: Tensor = (u @ vh + poison).contiguous()
     return q
+
+
+def _triton(name: str, by_torch: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The operator ``name`` of the Triton backend; ``by_torch`` takes matrices that are too large for a program."""
+
+    def kernel(x: Tensor) -> Any:
+        check_matrices("x", x)
+        _chosen("triton", None, x.device)
+        from manifold_kernels.triton import decompositions as kernels
+
+        return getattr(kernels, name)(x) if kernels.fits(x) else by_torch(x)
+
+    return kernel
 
 
 def _qr_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,51 +153,63 @@ class _Qr(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        q, r = torch.ops.manifold_kernels.qr(x)
+    def forward(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        q, r = _way("qr", backend)(x)
         return q, r
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output)
 
     @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
+    def derivative(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> Tensor:
         q, r = ctx.saved_tensors
         return _qr_derivative(q, r, grad_q, grad_r)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> tuple[Tensor, None]:
+        return _Qr.derivative(ctx, grad_q, grad_r), None
 
 
 class _Factor(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
 
 
 class _Qf(_Factor):
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        q: Tensor = torch.ops.manifold_kernels.qf(x)
+    def forward(x: Tensor, backend: str) -> Tensor:
+        q: Tensor = _way("qf", backend)(x)
         return q
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def derivative(ctx: Any, grad: Tensor) -> Tensor:
         x, q = ctx.saved_tensors
         r = (q.mT @ x).triu()
         return _qr_derivative(q, r, grad, torch.zeros_like(r))
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Qf.derivative(ctx, grad), None
+
 
 class _Polar(_Factor):
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        q: Tensor = torch.ops.manifold_kernels.polar(x)
+    def forward(x: Tensor, backend: str) -> Tensor:
+        q: Tensor = _way("polar", backend)(x)
         return q
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def derivative(ctx: Any, grad: Tensor) -> Tensor:
         x, q = ctx.saved_tensors
         return _polar_derivative(x, q, grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Polar.derivative(ctx, grad), None
 
 
 def _over_batches(op: Any) -> Any:
@@ -180,38 +220,65 @@ def _over_batches(op: Any) -> Any:
     return batched
 
 
-for _name, _kernel, _fake, _function in (
-    ("qr", torch_qr, _qr_fake, _Qr),
-    ("qf", torch_qf, _qf_fake, _Qf),
-    ("polar", torch_polar, _polar_fake, _Polar),
-):
-    _qualified = f"manifold_kernels::{_name}"
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(_qualified, _fake, lib=_library)
-    torch.library.register_autograd(_qualified, _function.backward, setup_context=_function.setup_context, lib=_library)
-    torch.library.register_vmap(_qualified, _over_batches(getattr(torch.ops.manifold_kernels, _name)), lib=_library)
+_BY_TORCH: dict[str, Callable[[Tensor], Any]] = {"qr": torch_qr, "qf": torch_qf, "polar": torch_polar}
+
+
+def _way(name: str, backend: str) -> Any:
+    """The implementation of ``name`` by a backend."""
+    if backend == "reference":
+        return _BY_TORCH[name]
+    return getattr(torch.ops.manifold_kernels, f"triton_{name}" if backend == "triton" else name)
+
+
+for _name, _fake, _function in (("qr", _qr_fake, _Qr), ("qf", _qf_fake, _Qf), ("polar", _polar_fake, _Polar)):
+    for _prefix, _kernel in (("", _BY_TORCH[_name]), ("triton_", _triton(_name, _BY_TORCH[_name]))):
+        _own = _prefix + _name
+        _qualified = f"manifold_kernels::{_own}"
+        _library.impl(_own, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(_qualified, _fake, lib=_library)
+        torch.library.register_autograd(
+            _qualified, _function.derivative, setup_context=_function.setup_context, lib=_library
+        )
+        torch.library.register_vmap(_qualified, _over_batches(getattr(torch.ops.manifold_kernels, _own)), lib=_library)
 
 ops.extension_error()  # loads the extension, which registers the kernels for the CPU
+
+
+@lru_cache(maxsize=64)
+def _chosen(backend: str, environment: str | None, device: torch.device) -> str:
+    """The backend that ``backend`` means; ``environment`` is what ``MANIFOLD_KERNELS_BACKEND`` says now."""
+    return ops.chosen(backend, device)
+
+
+def _backend(backend: str, device: torch.device) -> str:
+    return _chosen(backend, os.environ.get("MANIFOLD_KERNELS_BACKEND"), device)
+
+
+# Decided once for a graph: torch.compiler.assume_constant_result, which would import torch._dynamo, and Triton with it.
+_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The operators know their derivatives, but not torch.func's transforms of them; autograd functions do, and cost 30 µs.
 
 
-def qr(x: Tensor) -> tuple[Tensor, Tensor]:
+def qr(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """``manifold_kernels::qr``, differentiable under torch.func as well."""
+    name = _backend(backend, x.device)
     if not x.requires_grad:
-        return _Qr.forward(x)
-    q, r = _Qr.apply(x)  # type: ignore[no-untyped-call]
+        return _Qr.forward(x, name)
+    q, r = _Qr.apply(x, name)  # type: ignore[no-untyped-call]
     return q, r
 
 
-def qf(x: Tensor) -> Tensor:
+def qf(x: Tensor, backend: str = "auto") -> Tensor:
     """``manifold_kernels::qf``, differentiable under torch.func as well."""
-    q: Tensor = _Qf.apply(x) if x.requires_grad else _Qf.forward(x)  # type: ignore[no-untyped-call]
+    name = _backend(backend, x.device)
+    q: Tensor = _Qf.apply(x, name) if x.requires_grad else _Qf.forward(x, name)  # type: ignore[no-untyped-call]
     return q
 
 
-def polar(x: Tensor) -> Tensor:
+def polar(x: Tensor, backend: str = "auto") -> Tensor:
     """``manifold_kernels::polar``, differentiable under torch.func as well."""
-    q: Tensor = _Polar.apply(x) if x.requires_grad else _Polar.forward(x)  # type: ignore[no-untyped-call]
+    name = _backend(backend, x.device)
+    q: Tensor = _Polar.apply(x, name) if x.requires_grad else _Polar.forward(x, name)  # type: ignore[no-untyped-call]
     return q

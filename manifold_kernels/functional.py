@@ -3,7 +3,7 @@
 Every function takes a batch of matrices of type float32 or float64, and a
 :class:`~manifold_kernels.manifolds.Manifold` (or its name) whose scale is a number or ``"unit"``. Shapes must agree;
 wrong ones raise ``ValueError``. The mathematics is the reference backend's, but for :func:`qr`, :func:`qf` and
-:func:`polar`, which are operators with compiled kernels for the CPU. :func:`project_weight_` and
+:func:`polar`, which are operators with kernels of every backend. :func:`project_weight_` and
 :func:`weight_violation` work on whole weights of any type.
 
 >>> import torch
@@ -166,7 +166,7 @@ def violation(manifold: Spec, x: Tensor) -> Tensor:
     return geometry.violation(x, s)
 
 
-def qr(x: Tensor) -> tuple[Tensor, Tensor]:
+def qr(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The thin QR decomposition with ``diag(r) >= 0``: q ``(..., n, k)`` and r ``(..., k, p)``, k = min(n, p).
 
     Unique where the first k columns of x are independent; q is orthonormal for any finite x, also where columns are
@@ -174,31 +174,38 @@ def qr(x: Tensor) -> tuple[Tensor, Tensor]:
     with NaN or Inf has NaN in all of q, and in r from the diagonal on.
 
     On the CPU matrices of up to 2048 elements take the compiled kernels, many at a time, which is many times faster
-    than :func:`torch.linalg.qr`; larger ones, other devices and an installation without the kernels take that
-    function. For a given x, the kernels give the same bits at any place in a batch and for any number of threads.
+    than :func:`torch.linalg.qr`; larger ones and the reference backend take that function. The Triton backend takes
+    matrices of up to 4096 elements in float32, 2048 in float64, sides counted as powers of two, and leaves larger ones
+    to that function, too. For a given x, the kernels give the same bits at any place in a batch and for any number of
+    threads.
+
+    Args:
+        x: matrices ``(..., n, p)``.
+        backend: ``"auto"`` or a name in :func:`manifold_kernels.ops.backends`, as in the optimizers.
 
     Raises:
-        ValueError: no matrices, or empty ones.
+        ValueError: no matrices, or empty ones; an unknown backend, or one for another device.
         TypeError: other types than float32 and float64.
+        RuntimeError: a backend that cannot be used here.
 
     >>> qr(torch.tensor([[-2.0], [0.0]]))[1].item()
     2.0
     """
-    _matrices("x", x)
-    return decompositions.qr(x)
+    decompositions.check_matrices("x", x)
+    return decompositions.qr(x, backend)
 
 
-def qf(x: Tensor) -> Tensor:
+def qf(x: Tensor, *, backend: str = "auto") -> Tensor:
     """The q of :func:`qr` alone, to which the "qr" retraction takes ``x = w + v``.
 
     >>> qf(torch.tensor([[-2.0], [0.0]])).tolist()
     [[-1.0], [0.0]]
     """
-    _matrices("x", x)
-    return decompositions.qf(x)
+    decompositions.check_matrices("x", x)
+    return decompositions.qf(x, backend)
 
 
-def polar(x: Tensor) -> Tensor:
+def polar(x: Tensor, *, backend: str = "auto") -> Tensor:
     """The orthonormal factor ``x (x^T x)^{-1/2}`` of the polar decomposition (rows orthonormal where n < p).
 
     The nearest matrix with orthonormal columns, for any finite x: where the rank is not full there are several, and
@@ -209,8 +216,8 @@ def polar(x: Tensor) -> Tensor:
     >>> polar(torch.diag(torch.tensor([2.0, 3.0]))).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    _matrices("x", x)
-    return decompositions.polar(x)
+    decompositions.check_matrices("x", x)
+    return decompositions.polar(x, backend)
 
 
 def orthogonality_penalty(rows: Tensor, alpha: float) -> Tensor:
@@ -221,7 +228,7 @@ def orthogonality_penalty(rows: Tensor, alpha: float) -> Tensor:
     >>> orthogonality_penalty(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), alpha=0.1).item()
     0.10000000149011612
     """
-    _matrices("rows", rows)
+    decompositions.check_matrices("rows", rows)
     gram = rows @ rows.mT
     return alpha / 2 * (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum((-2, -1))
 
@@ -286,7 +293,7 @@ def _geometry(manifold: Spec, x: Tensor, **others: Tensor) -> tuple[Geometry, fl
             f"manifold: wanted a scale in numbers or 'unit', got {of!r}. 'fan' depends on a weight: put "
             "fit.scale_of(manifold, layout, weight) in its place."
         )
-    _matrices("x", x)
+    decompositions.check_matrices("x", x)
     _check_vectors(of, "x", x)
     for name, other in others.items():
         if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
@@ -301,13 +308,4 @@ def _check_vectors(of: Manifold, name: str, x: Tensor) -> None:
     if isinstance(of, Grassmann) and x.shape[-1] != 1:
         raise ValueError(
             f"{name}: wanted vectors (..., n, 1) on {of.name}, got {tuple(x.shape)}. Use the 'filter' view."
-        )
-
-
-def _matrices(name: str, x: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: wanted float32 or float64, got {x.dtype}. Convert it with .float().")
-    if x.dim() < 2 or x.shape[-2] == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            f"{name}: wanted matrices (..., n, p) with n, p >= 1, got shape {tuple(x.shape)}. Unsqueeze vectors."
         )

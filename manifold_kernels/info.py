@@ -12,6 +12,7 @@ import torch
 
 import manifold_kernels
 from manifold_kernels import ops
+from manifold_kernels.triton import support
 
 
 def processor() -> str:
@@ -36,6 +37,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+        "triton": support.version() or "not installed",
         "system": platform.platform(),
         "processor": processor(),
         "processors": str(processors()),
@@ -67,11 +69,11 @@ def same_release(one: str, other: str) -> bool:
 
 
 def backends() -> dict[str, str]:
-    """Every backend with ``"ready"`` or the reason why it cannot be used here, and what ``"auto"`` means."""
-    chosen = ", ".join(
-        f"{ops.automatic(device)} for parameters on {where}"
-        for device, where in (("cpu", "the CPU"), ("cuda", "a GPU"))
-    )
-    if "MANIFOLD_KERNELS_BACKEND" in os.environ:
-        chosen += " (MANIFOLD_KERNELS_BACKEND says so)"
-    return {**{name: reason or "ready" for name, reason in ops.backends().items()}, "auto": chosen}
+    """Every backend with ``"ready"`` or the reason why it cannot be used here; what ``"auto"`` means, and why."""
+    facts = {name: reason or "ready" for name, reason in ops.backends().items()}
+    for device, where in (("cpu", "the CPU"), ("cuda", "a GPU")):
+        why = f"the first of {', '.join(ops.FASTEST[device])} that can be used"
+        if os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto") != "auto":
+            why = "MANIFOLD_KERNELS_BACKEND says so"
+        facts[f"auto, on {where}"] = f"{ops.automatic(device)}: {why}"
+    return facts

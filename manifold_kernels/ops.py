@@ -148,13 +148,16 @@ def backends() -> dict[str, str | None]:
     }
 
 
+#: What ``"auto"`` takes for tensors there: the first that can be used.
+FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
 def automatic(device_type: str) -> str:
     """The backend that ``"auto"`` means: ``MANIFOLD_KERNELS_BACKEND``, or the fastest one for parameters there."""
     if (chosen := os.environ.get("MANIFOLD_KERNELS_BACKEND", "auto")) != "auto":
         return chosen
     known = backends()
-    fastest = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device_type, ())
-    return next((name for name in fastest if known[name] is None), "reference")
+    return next(name for name in FASTEST.get(device_type, ("reference",)) if known[name] is None)
 
 
 def in_graphs(step: Step) -> Step:
@@ -167,32 +170,43 @@ def in_graphs(step: Step) -> Step:
     return operator
 
 
-def resolve(backend: str, device: torch.device) -> Step:
-    """The step of ``backend`` (``"auto"``: ``MANIFOLD_KERNELS_BACKEND`` or the fastest for ``device``)."""
+def chosen(backend: str, device: torch.device) -> str:
+    """The name of the backend that ``backend`` means for tensors on ``device``.
+
+    Raises:
+        ValueError: no such backend, or one for another device.
+        RuntimeError: a backend that cannot be used here, and why.
+    """
     known = backends()
     if backend == "auto":
         backend = automatic(device.type)
-        if backend == "reference" and device.type == "cpu" and known["cpu"] is not None:
-            _warn_reference()
     if backend not in known:
         raise ValueError(f"backend: wanted 'auto' or one of {list(known)}, got {backend!r}.")
     if known[backend] is not None:
         raise RuntimeError(f"backend: {backend!r} cannot be used here: {known[backend]}")
-    if backend == "reference":
+    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and support.interpreted()):
+        raise ValueError(
+            f"backend: 'triton' needs parameters on a GPU, got {device}. Move them there, or set TRITON_INTERPRET=1"
+            " before Python starts, which interprets it on the CPU, slowly."
+        )
+    if backend in ("cpu", "cuda") and device.type != backend:
+        where = {"cpu": "the CPU", "cuda": "a GPU"}[backend]
+        raise ValueError(f"backend: {backend!r} needs parameters on {where}, got {device}. Use backend='auto'.")
+    return backend
+
+
+def resolve(backend: str, device: torch.device) -> Step:
+    """The step of ``backend`` (``"auto"``: ``MANIFOLD_KERNELS_BACKEND`` or the fastest for ``device``)."""
+    name = chosen(backend, device)
+    if name == "reference":
+        if backend == "auto" and device.type == "cpu" and extension_error() is not None:
+            _warn_reference()
         from manifold_kernels.reference import step_
 
         return step_
-    if backend == "triton":
-        if device.type != "cuda" and not (device.type == "cpu" and support.interpreted()):
-            raise ValueError(
-                f"backend: 'triton' needs parameters on a GPU, got {device}. Move them there, or set TRITON_INTERPRET=1"
-                " before Python starts, which interprets it on the CPU, slowly."
-            )
+    if name == "triton":
         from manifold_kernels.triton.launch import step_ as triton_step
 
         return triton_step
-    if device.type != backend:  # "cpu" or "cuda"
-        where = {"cpu": "the CPU", "cuda": "a GPU"}[backend]
-        raise ValueError(f"backend: {backend!r} needs parameters on {where}, got {device}. Use backend='auto'.")
     step: Step = importlib.import_module("manifold_kernels._C").step_  # the operator, called with less ado
     return step

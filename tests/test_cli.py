@@ -28,6 +28,19 @@ def test_info_names_versions_and_every_backend() -> None:
         assert wanted in result.output
 
 
+def test_info_says_which_backend_is_used_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said() -> str:
+        return " ".join(runner.invoke(app, ["info"]).output.replace("│", " ").split())
+
+    known = {"cuda": "there is no GPU", "triton": None, "cpu": None, "reference": None}
+    monkeypatch.setattr(ops, "backends", lambda: known)
+    monkeypatch.delenv("MANIFOLD_KERNELS_BACKEND", raising=False)
+    assert "triton: the first of cuda, triton, reference that can be used" in said()
+    assert "cpu: the first of cpu, reference that can be used" in said()
+    monkeypatch.setenv("MANIFOLD_KERNELS_BACKEND", "reference")
+    assert "reference: MANIFOLD_KERNELS_BACKEND says so" in said()
+
+
 def test_info_tells_of_an_extension_built_with_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     extension = SimpleNamespace(build_info=lambda: {"compiler": "c++", "torch": "1.2.3"})
     monkeypatch.setitem(sys.modules, "manifold_kernels._C", extension)
@@ -64,6 +77,13 @@ def test_the_grid_reaches_every_retraction_dtype_and_layout() -> None:
     assert {case.view for case in cases} == {"flat", "kernel", "filter", "matrix"}
     for manifold in MANIFOLDS:
         assert {case.individual for case in cases if case.manifold == manifold.name} == {False, True}
+
+
+def test_a_spare_grid_reaches_the_same_and_is_short() -> None:
+    cases, spare = list(validate.cases()), validate.spare()
+    for name in ("label", "view", "dtype", "layout", "shape"):
+        assert {getattr(case, name) for case in spare} == {getattr(case, name) for case in cases}
+    assert set(spare) < set(cases) and len(spare) < len(cases) / 10
 
 
 @pytest.mark.parametrize("case", list(validate.cases(quick=True)), ids=str)
@@ -109,7 +129,7 @@ def test_steps_are_a_third_of_a_scale_long() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_qr_ratios_of_lapack(kind: str, dtype: torch.dtype) -> None:
     for size in validate.QR_SIZES:
-        assert validate.run_qr(kind, size, dtype).passed, size
+        assert validate.run_qr(kind, size, dtype, ops.automatic("cpu")).passed, size
 
 
 def test_qr_ratios_see_a_wrong_sign_and_a_lost_digit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +137,8 @@ def test_qr_ratios_see_a_wrong_sign_and_a_lost_digit(monkeypatch: pytest.MonkeyP
     q, r = torch.linalg.qr(a)
     sign = r.diagonal(dim1=-2, dim2=-1).sign()
     for wrong in ((q, r), (q * sign.unsqueeze(-2) * (1 + 1e-13), r * sign.unsqueeze(-1))):
-        monkeypatch.setattr(validate.functional, "qr", lambda x, wrong=wrong: wrong)
-        assert not validate.run_qr("random", (9, 4), torch.float64).passed
+        monkeypatch.setattr(validate.functional, "qr", lambda x, backend, wrong=wrong: wrong)
+        assert not validate.run_qr("random", (9, 4), torch.float64, "reference").passed
 
 
 # --- train --------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str, **options: object) -> object:
+    """What ``main(**options)`` of an example returns, with ``arguments`` on its command line."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    return runpy.run_path(str(EXAMPLES / name))["main"]()
+    return runpy.run_path(str(EXAMPLES / name))["main"](**options)
 
 
 def test_first_step_learns_and_keeps_its_constraint(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import runpy
 
 import pytest
 import test_cpu_contract as contract
 import torch
 from stepping import group, hyper_table, like, place_, run_steps, start
-from triton_interpreted import launch, step_
+from triton_interpreted import launch, planning, step_
 
 from manifold_kernels import ops
 from manifold_kernels.manifolds import Grassmann, Sphere, Stiefel
@@ -148,6 +149,13 @@ def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions_that_are_not_tested_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version, accepted in (("3.5.1", False), ("3.6.0", True), ("3.10.0", False)):
+    wanted = "wanted triton >= 3.6, < 3.9, got {}"
+    for version, accepted in (("3.5.1", False), ("3.6.0", True), ("3.8.9", True), ("3.9.0", False), ("3.10.0", False)):
         monkeypatch.setattr(support.metadata, "version", lambda _, version=version: version)
-        assert (support.missing(gpu=True) is None) == accepted
+        assert support.missing(gpu=True) == (None if accepted else wanted.format(version))
+    # The backend does not let itself be imported with them, either.
+    with pytest.raises(ImportError, match=r"wanted triton >= 3.6, < 3.9, got 3\.10\.0"):
+        runpy.run_path(planning.__file__)
+    monkeypatch.setattr(support.metadata, "version", lambda _: "3.6.0")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
+    assert support.missing(gpu=True) == "wanted torch >= 2.13, got 2.9.1+cu130"

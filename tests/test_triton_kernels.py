@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from cpu_lockstep import (
     one_group,
 )
 from stepping import group
+from torch import Tensor
 from triton_interpreted import launch, planning, step_
 
 from manifold_kernels import views
 from manifold_kernels.manifolds import BY_NAME, Euclidean
+from manifold_kernels.triton import batched
 from manifold_kernels.views import Layout
 
 KERNEL, FILTER, MATRIX, FLAT = Layout("kernel"), Layout("filter"), Layout("matrix"), Layout("flat")
@@ -75,24 +78,61 @@ def test_small_matrices(of: str, retraction: str, dtype: torch.dtype) -> None:
         check(case, steps=2, step=step_)
 
 
+def check_stiefel(size: tuple[int, int], retraction: str, dtype: torch.dtype, length: float) -> None:
+    """A step of about ``length`` times the weight, and one more with its momentum."""
+    case = one_group(
+        "stiefel",
+        retraction,
+        (2, 2, *size),
+        KERNEL,
+        dtype=dtype,
+        step_size="general" if length == 1 else "none",
+        hyper={"lr": 0.5, "momentum": 0.9},
+        grad_size=2 * length / math.sqrt(math.prod(size)),
+    )
+    check(case, steps=2 if max(size) < 10 else 1, step=step_)
+
+
 @pytest.mark.parametrize("retraction", BY_NAME["stiefel"].retractions)
 @pytest.mark.parametrize("size", [(5, 5), (4, 3), (8, 8), (17, 17), (33, 20), (130, 6)], ids=str)
 def test_larger_stiefel_matrices(size: tuple[int, int], retraction: str) -> None:
-    """Unrolled, one to a program, and by torch's linear algebra."""
+    """Unrolled, in blocks, and by torch's linear algebra."""
     for dtype, length in zip(DTYPES, (0.1, 1.0, 3.0, 0.5), strict=True):
-        if dtype == torch.float16 and max(size) < 130:
-            continue
-        case = one_group(
-            "stiefel",
-            retraction,
-            (2, 2, *size),
-            KERNEL,
-            dtype=dtype,
-            step_size="general" if length == 1 else "none",
-            hyper={"lr": 0.5, "momentum": 0.9},
-            grad_size=2 * length / math.sqrt(math.prod(size)),
-        )
-        check(case, steps=2, step=step_)
+        if dtype != torch.float16 or max(size) >= 130:
+            check_stiefel(size, retraction, dtype, length)
+
+
+#: From 2 x 2 to 8 x 8, square, tall and wide.
+SMALL = [(n, p) for n in range(2, 9) for p in range(2, 9)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [*SMALL, (16, 16), (31, 32), (64, 64), (9, 128), (128, 128), (140, 130)], ids=str)
+def test_stiefel_matrices_of_every_size(size: tuple[int, int]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for retraction, length in (("qr", 0.3), ("qr", 3.0), ("polar", 1.0), ("cayley", 0.5)):
+            if retraction != "cayley" or max(size) <= 32:
+                check_stiefel(size, retraction, dtype, length)
+
+
+def test_products_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As machines take them of all matrices but 16 x 16, and a whole block of steps, short and long."""
+    monkeypatch.setattr(batched, "SMALLEST", batched.tl.constexpr(1000))
+    for size, retraction, length in (((7, 6), "qr", 0.3), ((6, 3), "polar", 1.0), ((5, 8), "cayley", 0.5)):
+        check_stiefel(size, retraction, torch.float32, length)
+    case = one_group("stiefel", "qr", (3, 7, 6, 6), KERNEL, scale="each", individual=True, grad_size=0.1)
+    case.gradient = spread_over_sizes(case.gradient)
+    check(case, steps=1, step=step_)
+
+
+def spread_over_sizes(gradient: Callable[[torch.Generator], Tensor]) -> Callable[[torch.Generator], Tensor]:
+    """Gradients of neighbours from a thousandth to a thousand times as large."""
+
+    def spread(generator: torch.Generator) -> Tensor:
+        drawn = gradient(generator)
+        return drawn * torch.logspace(-3, 3, drawn.shape[1])[:, None, None]
+
+    return spread
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

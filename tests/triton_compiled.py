@@ -1,25 +1,60 @@
 """Compiles kernels for GPUs that are not there and prints what they take as JSON; run in a process of its own, without
-the interpreter: ``python tests/triton_compiled.py TARGET...``."""
+the interpreter: ``python tests/triton_compiled.py [--all] TARGET...``."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 
 import torch
 from cpu_lockstep import Case, one_group
 from stepping import hyper_table, start
 
 from manifold_kernels.plan import Plan
-from manifold_kernels.triton import compiling, planning, tables
+from manifold_kernels.triton import compiling, decompose, decompositions, planning, tables
 from manifold_kernels.views import Layout
 
 KERNEL, FILTER, MATRIX, FLAT = Layout("kernel"), Layout("filter"), Layout("matrix"), Layout("flat")
 SGD = {"lr": 0.1, "momentum": 0.9}
 
 
+#: Stiefel matrices of which a program has a block, or one.
+STIEFEL = [
+    (8, 8, "qr"),
+    (8, 8, "polar"),
+    (8, 8, "cayley"),
+    (8, 8, "exp"),
+    (32, 32, "qr"),
+    (32, 32, "polar"),
+    (6, 5, "qr"),
+    (7, 4, "cayley"),
+    (16, 16, "qr"),
+    (16, 16, "exp"),
+    (64, 64, "qr"),
+    (64, 64, "polar"),
+    (64, 64, "cayley"),
+    (64, 64, "exp"),
+    (128, 128, "qr"),
+    (128, 128, "polar"),
+]
+#: Decompositions: sizes and types.
+DECOMPOSITIONS = [
+    (3, 3, torch.float32),
+    (8, 8, torch.float32),
+    (3, 3, torch.float64),
+    (32, 32, torch.float32),
+    (64, 64, torch.float32),
+    (32, 32, torch.float64),
+]
+#: What takes long to compile, or is like another: with ``--all`` only.
+MORE = [
+    *(f"stiefel {n}x{p} {option}" for n, p, option in STIEFEL[6:]),
+    *(f"{what} {size}" for what in ("qr", "polar") for size in ("64x64", "32x32 float64")),
+]
+
 #: One case for each kernel, compiled with AMP's numbers too.
-SCALED = ("euclidean", "stiefel 3x3 channels_last", "sphere 4608", "stiefel 32x32 polar", "psi_sgd 576", "adam_g 576")
+SCALED = ("euclidean", "stiefel 3x3 channels_last", "sphere 4608", "stiefel 8x8 polar", "psi_sgd 576", "adam_g 576")
 
 
 def kernels(case: Case, amp: bool) -> list[planning.Kernel]:
@@ -45,8 +80,9 @@ def cases() -> dict[str, Case]:
     for option in ("polar", "cayley", "exp"):
         out[f"stiefel 3x3 {option}"] = one_group("stiefel", option, (64, 64, 3, 3), KERNEL, hyper=SGD)
     out["stiefel 3x3 float64"] = one_group("stiefel", "qr", (64, 64, 3, 3), KERNEL, hyper=SGD, dtype=torch.float64)
-    for n, option in ((32, "qr"), (32, "polar"), (16, "cayley"), (16, "exp")):
-        out[f"stiefel {n}x{n} {option}"] = one_group("stiefel", option, (2, 2, n, n), KERNEL, hyper=SGD)
+    for n, p, option in STIEFEL:
+        out[f"stiefel {n}x{p} {option}"] = one_group("stiefel", option, (8, 8, n, p), KERNEL, hyper=SGD)
+    out["stiefel 8x8 float64"] = one_group("stiefel", "qr", (8, 8, 8, 8), KERNEL, hyper=SGD, dtype=torch.float64)
     out["sphere 4608"] = one_group("sphere", "projection", (64, 4608), FILTER, hyper=SGD, step_size="general")
     out["sphere 576 exp"] = one_group("sphere", "exp", (64, 576), FILTER, hyper=SGD)
     out["oblique 512x256"] = one_group("oblique", "projection", (256, 512), MATRIX, hyper=SGD, step_size="general")
@@ -57,19 +93,30 @@ def cases() -> dict[str, Case]:
     return out
 
 
-def main(targets: list[str]) -> None:
-    made = cases()
+def report(name: str, kernel: planning.Kernel, targets: list[str], types: Mapping[str, str]) -> None:
+    for target in targets:
+        found = compiling.compile_kernel(kernel, target, types)
+        line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}
+        print(json.dumps({"kernel": name, "target": target, **line}), flush=True)
+
+
+def main(everything: bool, targets: list[str]) -> None:
+    made = {name: case for name, case in cases().items() if everything or name not in MORE}
     for name, amp in [*((name, False) for name in made), *((name, True) for name in SCALED)]:
         for kernel in kernels(made[name], amp):
             mode = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(
                 dict(kernel.constants)["MODE"], ""
             )
-            for target in targets:
-                found = compiling.compile_kernel(kernel, target)
-                line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}
-                print(json.dumps({"kernel": name + mode + ", scaled" * amp, "target": target, **line}), flush=True)
+            report(name + mode + ", scaled" * amp, kernel, targets, compiling.STEP)
+    for n, p, dtype in DECOMPOSITIONS:
+        x = torch.empty(1024, n, p, dtype=dtype)
+        for name, function, more in (("qr", decompose.qr, {"WITH_R": True}), ("polar", decompose.polar, {})):
+            name += f" {n}x{p}" + " float64" * (dtype == torch.float64)
+            if everything or name not in MORE:
+                kernel, _ = decompositions.planned(function, x, **more)
+                report(name, kernel, targets, compiling.DECOMPOSITIONS[dtype])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    main("--all" in sys.argv, [target for target in sys.argv[1:] if target != "--all"])

@@ -17,11 +17,11 @@ before = os.environ.get("TRITON_INTERPRET")
 os.environ["TRITON_INTERPRET"] = "1"
 import triton.experimental.gluon  # noqa: E402, F401  imported at the first launch, by the same rule
 
-from manifold_kernels.triton import launch, planning  # noqa: E402
+from manifold_kernels.triton import decompositions, launch, planning  # noqa: E402
 
 if before is None:
     del os.environ["TRITON_INTERPRET"]
 
 step_ = launch.step_
 
-__all__ = ["launch", "planning", "step_"]
+__all__ = ["decompositions", "launch", "planning", "step_"]

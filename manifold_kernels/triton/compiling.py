@@ -6,9 +6,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,8 +26,12 @@ TARGETS: dict[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-#: Types of arguments that are not pointers to int64.
-_POINTERS = {"scales": "*fp64", "hyper": "*fp64", "partials": "*fp64", "totals": "*fp64", "norms": "*fp64"}
+#: Types of a step's arguments that are not pointers to int64, and of a decomposition's.
+STEP = {"scales": "*fp64", "hyper": "*fp64", "partials": "*fp64", "totals": "*fp64", "norms": "*fp64"}
+DECOMPOSITIONS = {
+    torch.float32: {"x": "*fp32", "q": "*fp32", "r": "*fp32", "count": "i32"},
+    torch.float64: {"x": "*fp64", "q": "*fp64", "r": "*fp64", "count": "i32"},
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,14 @@ class Resources:
         return both[128] / max(sum(both.values()) - both[64], 1)
 
 
-def compile_kernel(kernel: Kernel, target: str) -> Resources:
-    """Compile ``kernel`` for one of :data:`TARGETS`; needs no GPU, and no interpreter in its place."""
+def compile_kernel(kernel: Kernel, target: str, types: Mapping[str, str] = STEP) -> Resources:
+    """Compile ``kernel`` for one of :data:`TARGETS`; needs no GPU, and no interpreter in its place.
+
+    ``types``: of arguments that are neither constants nor pointers to int64.
+    """
     names: list[str] = kernel.function.arg_names
     constants = dict(kernel.constants)
-    signature = {name: "constexpr" if name in constants else _POINTERS.get(name, "*i64") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*i64") for name in names}
     source = ASTSource(kernel.function, signature, {(names.index(name),): value for name, value in constants.items()})
     on = TARGETS[target]
     made = triton.compile(source, target=on, options={**OPTIONS, "num_warps": kernel.warps})

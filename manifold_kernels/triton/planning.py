@@ -21,7 +21,10 @@ from manifold_kernels.triton import elements, grassmann, lanes, matrices, scale_
 from manifold_kernels.triton.addressing import AXIS_COLUMNS
 from manifold_kernels.triton.axes import Axes
 from manifold_kernels.triton.registry import ARCS, LANE_MANIFOLDS, MATRIX_RETRACTIONS
-from manifold_kernels.triton.support import interpreted
+from manifold_kernels.triton.support import interpreted, unsupported
+
+if (_reason := unsupported()) is not None:
+    raise ImportError(f"manifold_kernels.triton: {_reason}")
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
@@ -34,9 +37,9 @@ TILE = 2**16 if INTERPRETED else 4096
 LANES = 1024 if INTERPRETED else 128
 #: The largest matrices that are unrolled on a lane: vectors and columns, Stiefel by Givens, Stiefel otherwise.
 UNROLLED, UNROLLED_QR, UNROLLED_OTHERS = 32, 5, 4
-#: The largest Stiefel matrices whose products fit in a program's registers, and of those by Cayley and exp, with more
-#: of them; larger ones take torch's linear algebra.
-IN_ONE_PROGRAM, IN_ONE_PROGRAM_TURNING = 32, 16
+#: The most bytes of a Stiefel matrix that a program takes, padded and as it is computed with, and of the n x n matrices
+#: of Cayley's transform and the exponential, which have more of them; torch's linear algebra takes larger ones.
+BYTES, BYTES_TURNING = 2**16, 2**14
 #: The longest step in units of s, by the type that is computed in. Of a longer one rounding leaves the direction alone
 #: (vectors), or less than the part that is cut (matrices: Gram matrices are to keep half of the digits).
 LONGEST_VECTOR = {torch.float32: 2.0**30, torch.float64: 2.0**60}
@@ -268,8 +271,10 @@ def _piece(of: Member) -> _Piece | None:
         if n <= (UNROLLED_QR if retraction == "qr" else UNROLLED_OTHERS):
             limit = LONGEST_TURN if turns else longest if retraction == "qr" else LONGEST_MATRIX[of.compute]
             return _lanes(of, axes, n, p, retraction, limit)
-        if n <= (IN_ONE_PROGRAM_TURNING if turns else IN_ONE_PROGRAM):
-            return _matrices(of, axes, n, p, retraction, LONGEST_TURN if turns else LONGEST_MATRIX[of.compute])
+        # Cayley's transform and the exponential have matrices of n x n, or more of those of n x p.
+        size = power_above(n) * power_above(n if turns else p) * of.compute.itemsize
+        if size <= (BYTES_TURNING if turns else BYTES):
+            return _matrices(of, axes, n, p, retraction, size, LONGEST_TURN if turns else LONGEST_MATRIX[of.compute])
         return None
     if small:
         return _lanes(of, axes, shape.n, shape.p, retraction, longest)
@@ -402,8 +407,9 @@ def _elements(of: Member, axes: Axes, size: int, whole: bool) -> _Piece:
     return _Piece(Kernel(elements.step, tuple(constants.items()), 4), axes, of.at["count"] * size, block)
 
 
-def _matrices(of: Member, axes: Axes, n: int, p: int, retraction: str, longest: float) -> _Piece:
-    rows, columns = max(power_above(n), 16), max(power_above(p), 16)
+def _matrices(of: Member, axes: Axes, n: int, p: int, retraction: str, size: int, longest: float) -> _Piece:
+    """``size``: the bytes of a matrix in registers."""
+    per_tile = min(power_above(of.at["count"]), max((2**18 if INTERPRETED else 2**12) // size, 1))
     constants = {
         "retract": MATRIX_RETRACTIONS[retraction],
         "N": n,
@@ -411,10 +417,12 @@ def _matrices(of: Member, axes: Axes, n: int, p: int, retraction: str, longest: 
         "LONGEST": longest,
         **_shared(of, axes, [2, 1]),
         **{name: value for name, value in _sgd(of, axes).items() if name not in ("DECAY", "THROUGH")},
-        "ROWS": rows,
-        "COLUMNS": columns,
+        "LANES": per_tile,
+        "ROWS": power_above(n),
+        "COLUMNS": power_above(p),
     }
-    return _Piece(Kernel(matrices.step, tuple(constants.items()), 4), axes, of.at["count"], 1)
+    warps = min(max(per_tile * size // (512 if retraction in ("cayley", "exp") else 1024), 1), 16)
+    return _Piece(Kernel(matrices.step, tuple(constants.items()), warps), axes, of.at["count"], per_tile)
 
 
 def _warps(elements_: int) -> int:
