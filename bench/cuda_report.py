@@ -57,8 +57,10 @@ def moved(kernel: Resources) -> int:
     """Bytes an element with momentum: W, gradient and momentum read, W and momentum written, as in Euclidean SGD.
 
     The pass before it, where a group is more than a block, reads the same and writes the momentum; Euclidean groups'
-    writes nothing.
+    writes nothing. Decompositions read a matrix and write Q and R, or the polar factor.
     """
+    if kernel.name.startswith(("qr", "polar")):
+        return (3 if kernel.name.startswith("qr") else 2) * (8 if kernel.wide else 4)
     numbers = 5 if kernel.name.endswith("step") else 3 if kernel.name.startswith("elements") else 4
     return numbers * (8 if kernel.wide else 4)
 
