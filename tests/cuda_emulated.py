@@ -13,6 +13,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -111,8 +112,10 @@ def in_place_of_the_cpu() -> Iterator[None]:
     load()
     library = torch.library.Library("manifold_kernels", "IMPL", "CPU")
     try:
-        for name in ("step_", "qr", "qf", "polar"):
-            library.impl(name, _emulated(name), allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            for name in ("step_", "qr", "qf", "polar"):
+                library.impl(name, _emulated(name), allow_override=True)
         yield
     finally:
         library._destroy()

@@ -24,6 +24,7 @@ if (reason := cuda.missing()) is not None:
 CEILINGS: list[tuple[str, int, int]] = [
     (r"small stiefel qr (2x2|3x2|3x3) float step", 64, 0),
     (r"small (sphere|oblique) (projection|exp) (2x2|3x3) float step", 64, 0),
+    (r"small (sphere|oblique|stiefel) (2x2|3x3) float measure", 64, 0),
     (r"small .*float measure", 255, 0),
     (r"small .*float step", 255, 0),
     (r"small stiefel .*double .*", 255, 0),

@@ -172,7 +172,7 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
     assert F.qf(torch.empty(shape)).shape == shape and F.polar(torch.empty(shape)).shape == shape
 
 
-SIZES_TO_DIFFERENTIATE = [(3, 3), (5, 3), (2, 4), (1, 3), (3, 1)]
+SIZES_TO_DIFFERENTIATE = [(3, 3), (5, 3), (2, 4), (1, 3), (3, 1), (4, 4)]
 
 
 @pytest.mark.parametrize("size", SIZES_TO_DIFFERENTIATE)
