@@ -120,7 +120,7 @@ def _skew_lyapunov(h: Tensor, b: Tensor) -> Tensor:
     one = torch.eye(3, dtype=h.dtype, device=h.device)
     x, y, z = torch.linalg.solve_ex(trace * one - h, vector)[0].squeeze(-1).unbind(-1)
     zero = torch.zeros_like(x)
-    return torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).unflatten(-1, (3, 3))
+    return torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(*x.shape, 3, 3)
 
 
 def _polar_derivative(x: Tensor, q: Tensor, grad: Tensor) -> Tensor:

@@ -13,8 +13,12 @@ constexpr int numbers_of(int n, int p) {
   return what == Decomposition::qr ? p * odd(n) + reflections_numbers(n < p ? n : p, p) : polar_numbers(n, p);
 }
 
+// Of a block: one team, or two warps.
+template <class T>
+constexpr int threads_of = T::is_block ? T::size : 64;
+
 template <Decomposition what, class R, class T>
-__global__ void __launch_bounds__(T::is_block ? T::size : 64) by_teams(Batch batch) {
+__global__ void __launch_bounds__(threads_of<T>, 1) by_teams(Batch batch) {
   MK_SHARED(R, shared);
   const int n = int(batch.n), p = int(batch.p), k = n < p ? n : p;
   const int64_t matrix = int64_t(blockIdx.x) * (int(blockDim.x) / T::size) + T::number();
@@ -43,8 +47,8 @@ __global__ void __launch_bounds__(T::is_block ? T::size : 64) by_teams(Batch bat
 
 template <Decomposition what, class R, class T>
 void add(std::vector<BatchKernel>& table) {
-  table.push_back({what, sizeof(R) == 8, 0, 0, T::size, T::is_block ? T::size : 64, numbers_of<what>,
-                   launch<by_teams<what, R, T>, Batch>});
+  table.push_back(
+      {what, sizeof(R) == 8, 0, 0, T::size, threads_of<T>, numbers_of<what>, launch<by_teams<what, R, T>, Batch>});
 }
 
 template <class T>
