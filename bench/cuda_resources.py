@@ -28,15 +28,20 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _MANIFOLDS = ("euclidean", "sphere", "oblique", "stiefel")
 _RETRACTIONS = ("", "projection", "qr", "polar", "cayley", "exp")
 
-#: Asks the headers for the threads and the dynamic shared memory of a block with matrices of e elements.
+#: Asks the headers for the threads and the dynamic shared memory of a block with matrices of e elements, in steps and
+#: in decompositions.
 _PROBE = """
 #include <cstdio>
+#include "cuda/decompose_registers.cuh"
 #include "cuda/small.cuh"
 int main() {
   using namespace mk::cuda;
-  std::printf("0 %d 0 0\\n", block_threads);
-  for (int e = 1; e <= 64; e++)
-    std::printf("%d %d %zu %zu\\n", e, small_threads(e), small_shared<float>(e), small_shared<double>(e));
+  std::printf("small 0 %d 0 0\\nin_registers 0 %d 0 0\\n", block_threads, block_threads);
+  for (int e = 1; e <= 64; e++) {
+    std::printf("small %d %d %zu %zu\\n", e, small_threads(e), small_shared<float>(e), small_shared<double>(e));
+    const size_t numbers = size_t(register_threads(e)) * odd_numbers(e, 1);
+    std::printf("in_registers %d %d %zu %zu\\n", e, register_threads(e), 4 * numbers, 8 * numbers);
+  }
 }
 """
 
@@ -120,15 +125,15 @@ def compiled(sources: Sequence[Path], architecture: str) -> list[Path]:
 
 
 @lru_cache(maxsize=1)
-def _blocks() -> dict[int, tuple[int, int, int]]:
+def _blocks() -> dict[tuple[str, int], tuple[int, int, int]]:
     """Threads and dynamic shared memory (float, double) of a block, by the elements of a thread's matrix."""
     folder = ROOT / "build" / "cubins"
     source, program = folder / "probe.cu", folder / "probe"
     source.write_text(_PROBE)
     subprocess.run(["nvcc", *_flags(), f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
     lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
-    rows = [tuple(map(int, line.split())) for line in lines]
-    return {elements: (threads, narrow, wide) for elements, threads, narrow, wide in rows}
+    rows = [(kernel, *map(int, numbers)) for kernel, *numbers in map(str.split, lines)]
+    return {(kernel, elements): (threads, narrow, wide) for kernel, elements, threads, narrow, wide in rows}
 
 
 def _read(cubin: Path) -> list[Resources]:
@@ -146,7 +151,7 @@ def _read(cubin: Path) -> list[Resources]:
 
 def _of(signature: str, cubin: Path, report: str, code: list[Instruction]) -> Resources:
     name, wide, elements = name_of(signature, cubin.stem)
-    threads, *dynamic = _blocks()[elements]
+    threads, *dynamic = _blocks()["in_registers" if "in_registers" in signature else "small", elements]
     # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
     numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
     return Resources(
@@ -172,6 +177,8 @@ def name_of(signature: str, source: str) -> tuple[str, bool, int]:
     function = re.findall(r"mk::cuda::(?:\(anonymous namespace\)::)?(\w+)", signature)[0]
     if function == "advance":
         return function, False, 0
+    if found := re.findall(r"\(mk::Decomposition\)(\d)", signature):
+        return _decomposition(function, ("qr", "polar")[int(found[0])], signature)
     wide = "<double" in signature
     passes = re.findall(r"\(mk::cuda::Pass\)(\d)", signature)
     step = not passes or passes[0] == "1"
@@ -185,3 +192,13 @@ def name_of(signature: str, source: str) -> tuple[str, bool, int]:
     retraction = re.findall(r"\(mk::Retraction\)(\d)", signature)
     way = _RETRACTIONS[int(retraction[0])] if retraction else "exp" if "Map<true>" in signature else "projection"
     return " ".join(["small", manifold, *([way] if step else []), f"{n}x{p}", end]), wide, n * p
+
+
+def _decomposition(function: str, what: str, signature: str) -> tuple[str, bool, int]:
+    """As :func:`name_of`, of the kernels for batches."""
+    number, sizes = re.findall(r", (float|double)([^>]*)>", signature)[0]
+    side = int(re.findall(r"\d+", sizes)[0]) if function == "in_registers" else 0
+    who = {"in_registers": f"{side}x{side}", "by_threads": "thread"}.get(function) or re.findall(r"Team<(\d+)", sizes)[
+        0
+    ]
+    return f"{what} {who} {number}", number == "double", side * side

@@ -33,6 +33,8 @@ void check_table(const at::Tensor& table, const char* name, at::ScalarType dtype
                     columns, "), got ", table.sizes(), ".");
 }
 
+namespace {
+
 void check_parameter(int64_t i, const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& momentum,
                      at::Device device) {
   TORCH_CHECK_VALUE(weight.device() == device && weight.layout() == at::kStrided, "params[", i, "]: wanted a strided ",
@@ -49,6 +51,66 @@ void check_parameter(int64_t i, const at::Tensor& weight, const at::Tensor& grad
                     "momenta[", i, "]: wanted the shape, strides and dtype of the weight, ", weight.sizes(), " ",
                     weight.strides(), " ", weight.scalar_type(), ", got ", momentum.sizes(), " ", momentum.strides(),
                     " ", momentum.scalar_type(), ".");
+}
+
+}  // namespace
+
+void check_arguments(at::TensorList params, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList momenta,
+                     at::TensorList variances, const at::Tensor& steps, const at::Tensor& nonfinite,
+                     const at::Tensor& groups, const at::Tensor& components, const at::Tensor& scales,
+                     const at::Tensor& hyper, const std::optional<at::Tensor>& norms,
+                     const std::optional<at::Tensor>& live, at::Device device) {
+  const int64_t count = int64_t(params.size());
+  TORCH_CHECK_VALUE(
+      int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
+      "grads, momenta, variances: wanted lists as long as params (", count, "), got ", grads.size(), ", ",
+      momenta.size(), ", ", variances.size(), ".");
+  check_table(groups, "groups", at::kLong, group_columns);
+  check_table(components, "components", at::kLong, 0);
+  check_table(scales, "scales", at::kDouble, 0);
+  check_table(hyper, "hyper", at::kDouble, hyper_columns);
+  if (live.has_value()) {
+    check_table(*live, "live", at::kDouble, hyper_columns, device);
+    TORCH_CHECK_VALUE(live->sizes() == hyper.sizes(), "live: wanted the shape of hyper, ", hyper.sizes(), ", got ",
+                      live->sizes(), ".");
+  }
+  check_table(steps, "steps", at::kLong, 0, device);
+  check_table(nonfinite, "nonfinite", at::kLong, 0, device);
+  if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
+  TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
+                    " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
+}
+
+Gradients::Gradients(at::TensorList params, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList momenta,
+                     at::Device device)
+    : grad(params.size()), taken(params.size(), 0) {
+  for (size_t i = 0; i < params.size(); i++) {
+    const std::optional<at::Tensor> given = grads.get(i);
+    if (!given.has_value() || !given->defined()) continue;
+    check_parameter(int64_t(i), params[i], *given, momenta[i], device);
+    taken[i] = 1;
+    // A lazy negation: torch's fallback does not look into lists of optional tensors.
+    if (params[i].numel() > 0) grad[i] = given->is_neg() ? given->resolve_neg() : *given;
+  }
+}
+
+void check_buffer(int64_t i, const at::Tensor& weight, const at::Tensor& momentum) {
+  TORCH_CHECK_VALUE(momentum.numel() > 0, "momenta[", i, "]: wanted a buffer like the weight, ", weight.sizes(),
+                    ", got an empty tensor. Only parameters without momentum have none.");
+}
+
+void check_norms(const at::Tensor& norms, int64_t entries) {
+  TORCH_CHECK_VALUE(norms.dim() == 1 && norms.numel() == entries, "norms: wanted shape (", entries,
+                    "), a number for every group and one for each component of an individual one, got ", norms.sizes(),
+                    ".");
+}
+
+const float* number_of(const std::optional<at::Tensor>& tensor, const char* name, at::Device device) {
+  if (!tensor.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(tensor->device() == device && tensor->scalar_type() == at::kFloat && tensor->numel() == 1, name,
+                    ": wanted one float32 number on the ", kind_of(device), ", got ", tensor->toString(), " of shape ",
+                    tensor->sizes(), ".");
+  return tensor->const_data_ptr<float>();
 }
 
 void check_row(const GroupRow& row, int64_t r, int64_t parameters, int64_t hypers, int64_t listed, int64_t scales) {

@@ -1,17 +1,12 @@
-// The operators of decompositions.py on the CPU: argument checks, what goes to kernels and what to torch. No
-// mathematics.
+#include "functional.h"
+
 #include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/where.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
-
-#include "cpu/decompose.h"
 
 namespace mk {
 namespace {
@@ -30,17 +25,20 @@ at::Tensor like(const at::Tensor& x, int64_t n, int64_t p) {
   return at::empty(size, x.options());
 }
 
-bool has_kernel(const at::Tensor& x) { return x.size(-2) * x.size(-1) <= decompose_elements; }
-
-Batch batch_of(const at::Tensor& x, at::Tensor& q, at::Tensor* r) {
+// Matrices that lie one after the other; results that are not there yet are null.
+Batch batch_of(const at::Tensor& x, const at::Tensor& q = {}, const at::Tensor& r = {}) {
   const int64_t n = x.size(-2), p = x.size(-1);
   return {x.scalar_type() == at::kDouble,
           x.const_data_ptr(),
-          q.data_ptr(),
-          r ? r->data_ptr() : nullptr,
+          q.defined() ? q.data_ptr() : nullptr,
+          r.defined() ? r.data_ptr() : nullptr,
           x.numel() / (n * p),
           n,
           p};
+}
+
+void run(const Decomposer& by, Decomposition what, const Batch& batch, at::Device device) {
+  if (batch.count > 0) by.run(what, batch, device);
 }
 
 // Zeros, NaN where the matrix has NaN or Inf.
@@ -61,40 +59,33 @@ at::Tensor library_polar(const at::Tensor& x) {
   return (u.matmul(vh) + poison).contiguous();
 }
 
-std::tuple<at::Tensor, at::Tensor> qr(const at::Tensor& x) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> qr(const at::Tensor& x, const Decomposer& by) {
   check_matrices(x);
-  if (!has_kernel(x)) return library_qr(x);
+  if (!by.has_kernel(Decomposition::qr, batch_of(x), x.device())) return library_qr(x);
   const int64_t n = x.size(-2), p = x.size(-1), k = std::min(n, p);
-  at::Tensor q = like(x, n, k), r = like(x, k, p);
-  const at::Tensor dense = x.contiguous();
-  decompose(batch_of(dense, q, &r), decompositions().qr);
+  const at::Tensor dense = x.contiguous(), q = like(x, n, k), r = like(x, k, p);
+  run(by, Decomposition::qr, batch_of(dense, q, r), x.device());
   return {q, r};
 }
 
-at::Tensor qf(const at::Tensor& x) {
+at::Tensor qf(const at::Tensor& x, const Decomposer& by) {
   check_matrices(x);
-  if (!has_kernel(x)) return std::get<0>(library_qr(x));
-  at::Tensor q = like(x, x.size(-2), std::min(x.size(-2), x.size(-1)));
-  const at::Tensor dense = x.contiguous();
-  decompose(batch_of(dense, q, nullptr), decompositions().qr);
+  if (!by.has_kernel(Decomposition::qr, batch_of(x), x.device())) return std::get<0>(library_qr(x));
+  const at::Tensor dense = x.contiguous(), q = like(x, x.size(-2), std::min(x.size(-2), x.size(-1)));
+  run(by, Decomposition::qr, batch_of(dense, q), x.device());
   return q;
 }
 
-at::Tensor polar(const at::Tensor& x) {
+at::Tensor polar(const at::Tensor& x, const Decomposer& by) {
   check_matrices(x);
-  if (!has_kernel(x)) return library_polar(x);
   const bool transposed = x.size(-2) < x.size(-1);
-  const at::Tensor tall = (transposed ? x.mT() : x).contiguous();
-  at::Tensor q = like(tall, tall.size(-2), tall.size(-1));
-  decompose(batch_of(tall, q, nullptr), decompositions().polar);
+  const at::Tensor upright = transposed ? x.mT() : x;
+  if (!by.has_kernel(Decomposition::polar, batch_of(upright), x.device())) return library_polar(x);
+  const at::Tensor tall = upright.contiguous(), q = like(tall, tall.size(-2), tall.size(-1));
+  run(by, Decomposition::polar, batch_of(tall, q), x.device());
   return transposed ? q.mT().contiguous() : q;
 }
 
-}  // namespace
 }  // namespace mk
-
-TORCH_LIBRARY_IMPL(manifold_kernels, CPU, m) {
-  m.impl("qr", &mk::qr);
-  m.impl("qf", &mk::qf);
-  m.impl("polar", &mk::polar);
-}

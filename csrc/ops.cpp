@@ -18,15 +18,6 @@
 namespace mk {
 namespace {
 
-// One of AMP's numbers, or `otherwise` where it is not given.
-double number_of(const std::optional<at::Tensor>& tensor, const char* name, double otherwise) {
-  if (!tensor.has_value()) return otherwise;
-  TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat && tensor->numel() == 1, name,
-                    ": wanted one float32 number on the CPU, got ", tensor->toString(), " of shape ", tensor->sizes(),
-                    ".");
-  return double(*tensor->const_data_ptr<float>());
-}
-
 // What a parameter's jobs point into.
 struct Parameter {
   Geometry geometry;
@@ -56,39 +47,13 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
            const std::optional<at::Tensor>& norms, const std::optional<at::Tensor>& grad_scale,
            const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& live) {
   const int64_t count = int64_t(params.size());
-  TORCH_CHECK_VALUE(
-      int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
-      "grads, momenta, variances: wanted lists as long as params (", count, "), got ", grads.size(), ", ",
-      momenta.size(), ", ", variances.size(), ".");
-  check_table(groups, "groups", at::kLong, group_columns);
-  check_table(components, "components", at::kLong, 0);
-  check_table(scales, "scales", at::kDouble, 0);
-  check_table(hyper, "hyper", at::kDouble, hyper_columns);
-  if (live.has_value()) {
-    check_table(*live, "live", at::kDouble, hyper_columns);
-    TORCH_CHECK_VALUE(live->sizes() == hyper.sizes(), "live: wanted the shape of hyper, ", hyper.sizes(), ", got ",
-                      live->sizes(), ".");
-  }
+  check_arguments(params, grads, momenta, variances, steps, nonfinite, groups, components, scales, hyper, norms, live,
+                  at::kCPU);
   const Hyper* numbers = reinterpret_cast<const Hyper*>(live.value_or(hyper).const_data_ptr<double>());
-  check_table(steps, "steps", at::kLong, 0);
-  check_table(nonfinite, "nonfinite", at::kLong, 0);
-  if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
-  TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
-                    " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
-
-  const double scale = number_of(grad_scale, "grad_scale", 1);
-  const bool skips = number_of(found_inf, "found_inf", 0) != 0;
-
-  std::vector<at::Tensor> grad(count);  // undefined where there is nothing to do
-  std::vector<bool> stepped(count, false);
-  for (int64_t i = 0; i < count; i++) {
-    const std::optional<at::Tensor> given = grads.get(i);
-    if (!given.has_value() || !given->defined()) continue;
-    check_parameter(i, params[i], *given, momenta[i], at::kCPU);
-    stepped[i] = true;
-    // A lazy negation: torch's fallback does not look into lists of optional tensors.
-    if (params[i].numel() > 0) grad[i] = given->is_neg() ? given->resolve_neg() : *given;
-  }
+  const float *scaled = number_of(grad_scale, "grad_scale", at::kCPU),
+              *overflow = number_of(found_inf, "found_inf", at::kCPU);
+  const double scale = scaled ? double(*scaled) : 1;
+  const auto [grad, taken] = Gradients(params, grads, momenta, at::kCPU);
 
   // One geometry a parameter; Stiefel matrices with n < p have one of their own.
   std::vector<std::optional<Parameter>> upright(count), transposed(count);
@@ -137,8 +102,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     job.hyper = numbers[row.hyper];
     const bool adaptive = job.rule == Rule::adam_g && job.manifold == ManifoldCode::grassmann;
     if (adaptive || terms[row.hyper].momentum != 0) {
-      TORCH_CHECK_VALUE(momenta[i].numel() > 0, "momenta[", i, "]: wanted a buffer like the weight, ", weight.sizes(),
-                        ", got an empty tensor. Only parameters without momentum have none.");
+      check_buffer(i, weight, momenta[i]);
       job.momentum = momenta[i].data_ptr();
     }
     job.individual = row.individual != 0;
@@ -160,12 +124,10 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   }
 
   if (norms.has_value()) {
-    TORCH_CHECK_VALUE(norms->dim() == 1 && norms->numel() == next_norm, "norms: wanted shape (", next_norm,
-                      "), a number for every group and one for each component of an individual one, got ",
-                      norms->sizes(), ".");
+    check_norms(*norms, next_norm);
     std::fill_n(norms->data_ptr<double>(), next_norm, std::nan(""));
   }
-  if (skips) return;
+  if (overflow && *overflow != 0) return;
 
   int64_t* skipped = nonfinite.data_ptr<int64_t>();
   const std::vector<int64_t> left = run(jobs);
@@ -176,7 +138,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     skipped[i] += library_step(library_jobs[j], params[i], grad[i], momentum);
   }
   for (int64_t i = 0; i < count; i++)
-    if (stepped[i]) steps.data_ptr<int64_t>()[i]++;
+    if (taken[i]) steps.data_ptr<int64_t>()[i]++;
 }
 
 #ifndef MK_BUILD_COMPILER

@@ -1,7 +1,7 @@
 """The operators behind :mod:`manifold_kernels.functional`: batched QR and polar decompositions.
 
 ``qr``, ``qf`` and ``polar`` take matrices ``(..., n, p)`` in float32 or float64 of any strides and return contiguous
-tensors. The compiled extension implements them for the CPU, ``triton_qr`` and so on are those of the Triton backend,
+tensors. The compiled extension implements them for the CPU and CUDA, ``triton_qr`` and so on are those of the Triton backend,
 and torch's linear algebra is the reference, on the same contract: ``diag(r) >= 0``, orthonormal factors for any finite
 matrix, and NaN for a matrix with NaN or Inf. Schemas, fake kernels, derivatives and batching rules stand here, once for
 all of them.
@@ -131,6 +131,26 @@ class _Lyapunov(torch.autograd.Function):
         return -(t @ s.mT + s.mT @ t), t
 
 
+def _skew_lyapunov(h: Tensor, b: Tensor) -> Tensor:
+    """The skew solution ``S`` of ``H S + S H = B`` for a symmetric positive definite ``H`` and a skew ``B``.
+
+    Up to 3 x 3 without eigenvalues, for which the host would wait for a GPU: ``S`` and ``B`` are cross products with
+    vectors, ``b = (tr(H) I - H) s``; of 2 x 2 matrices that leaves ``tr(H)``.
+    """
+    p = h.shape[-1]
+    trace = h.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    if p <= 2:
+        return b / trace
+    if p > 3:
+        s: Tensor = _Lyapunov.apply(h, b)  # type: ignore[no-untyped-call]
+        return s
+    vector = torch.stack((b[..., 2, 1], b[..., 0, 2], b[..., 1, 0]), -1).unsqueeze(-1)
+    one = torch.eye(3, dtype=h.dtype, device=h.device)
+    x, y, z = torch.linalg.solve_ex(trace * one - h, vector)[0].squeeze(-1).unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(*x.shape, 3, 3)
+
+
 def _polar_derivative(x: Tensor, q: Tensor, grad: Tensor) -> Tensor:
     """The gradient with respect to ``x = q h``, h symmetric: ``q S + (I - q q^T) grad h^{-1}``.
 
@@ -142,10 +162,10 @@ def _polar_derivative(x: Tensor, q: Tensor, grad: Tensor) -> Tensor:
     a = q.mT @ grad
     h = q.mT @ x
     h = (h + h.mT) / 2
-    turned: Tensor = q @ _Lyapunov.apply(h, a - a.mT)  # type: ignore[no-untyped-call]
+    turned: Tensor = q @ _skew_lyapunov(h, a - a.mT)
     if n == p:
         return turned
-    normal: Tensor = torch.linalg.solve(h, grad - q @ a, left=False)
+    normal: Tensor = torch.linalg.solve_ex(h, grad - q @ a, left=False)[0]
     return turned + normal
 
 
@@ -241,7 +261,7 @@ for _name, _fake, _function in (("qr", _qr_fake, _Qr), ("qf", _qf_fake, _Qf), ("
         )
         torch.library.register_vmap(_qualified, _over_batches(getattr(torch.ops.manifold_kernels, _own)), lib=_library)
 
-ops.extension_error()  # loads the extension, which registers the kernels for the CPU
+ops.extension_error()  # loads the extension, which registers the kernels
 
 
 @lru_cache(maxsize=64)

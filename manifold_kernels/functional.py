@@ -3,7 +3,11 @@
 Every function takes a batch of matrices of type float32 or float64, and a
 :class:`~manifold_kernels.manifolds.Manifold` (or its name) whose scale is a number or ``"unit"``. Shapes must agree;
 wrong ones raise ``ValueError``. The mathematics is the reference backend's, but for :func:`qr`, :func:`qf` and
-:func:`polar`, which are operators with kernels of every backend. :func:`project_weight_` and
+:func:`polar`, which are operators with kernels of every backend, and what is made of them: :func:`projx`
+on Stiefel and its retractions ``qr`` and ``polar``. On a GPU, with the
+compiled kernels, nothing here makes the host wait, but for
+:func:`expmap` on Stiefel (torch's matrix exponential), derivatives of the polar factor beyond 3 columns (eigenvalues),
+and matrices that are too large for the kernels. :func:`project_weight_` and
 :func:`weight_violation` work on whole weights of any type.
 
 >>> import torch
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from manifold_kernels import decompositions, fit, manifolds, views
-from manifold_kernels.manifolds import Grassmann, Manifold
+from manifold_kernels.manifolds import Grassmann, Manifold, Stiefel
 from manifold_kernels.reference.geometry import Geometry
 from manifold_kernels.reference.registry import GEOMETRIES
 from manifold_kernels.views import Layout
@@ -52,7 +56,7 @@ def projx(manifold: Spec, x: Tensor) -> Tensor:
     [0.6000000238418579, 0.800000011920929]
     """
     geometry, s = _geometry(manifold, x)
-    return geometry.projx(x, s)
+    return s * polar(x) if geometry is GEOMETRIES[Stiefel.code] else geometry.projx(x, s)
 
 
 def egrad2rgrad(manifold: Spec, x: Tensor, egrad: Tensor) -> Tensor:
@@ -110,7 +114,10 @@ def retr(manifold: Spec, x: Tensor, v: Tensor, retraction: str | None = None) ->
     of = manifolds.manifold(manifold)
     geometry, s = _geometry(of, x, v=v)
     manifolds.retraction_code(of, retraction)
-    return geometry.retractions[retraction or of.retractions[0]].retract(x, v, s)
+    name = retraction or of.retractions[0]
+    if isinstance(of, Stiefel) and name in _DECOMPOSITIONS:
+        return s * _DECOMPOSITIONS[name](x + v)
+    return geometry.retractions[name].retract(x, v, s)
 
 
 def expmap(manifold: Spec, x: Tensor, v: Tensor) -> Tensor:
@@ -174,10 +181,10 @@ def qr(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     with NaN or Inf has NaN in all of q, and in r from the diagonal on.
 
     On the CPU matrices of up to 2048 elements take the compiled kernels, many at a time, which is many times faster
-    than :func:`torch.linalg.qr`; larger ones and the reference backend take that function. The Triton backend takes
-    matrices of up to 4096 elements in float32, 2048 in float64, sides counted as powers of two, and leaves larger ones
-    to that function, too. For a given x, the kernels give the same bits at any place in a batch and for any number of
-    threads.
+    than :func:`torch.linalg.qr`; on a GPU those of up to 16384 elements do, in one launch. The Triton backend takes
+    matrices of up to 4096 elements in float32, 2048 in float64, sides counted as powers of two. Larger ones, other
+    devices and the reference backend take that function. For a given x, the kernels of a device give the same bits at
+    any place in a batch and for any number of threads.
 
     Args:
         x: matrices ``(..., n, p)``.
@@ -269,6 +276,14 @@ def weight_violation(manifold: Spec, weight: Tensor, layout: Layout, scale: floa
     """
     _, geometry, s, batch = _weight(manifold, weight, layout, scale)
     return float(geometry.violation(batch, s).max()) if batch.numel() else 0.0
+
+
+def _upright_qf(x: Tensor) -> Tensor:
+    return qf(x.mT).mT if x.shape[-2] < x.shape[-1] else qf(x)
+
+
+#: Retractions on Stiefel that are a decomposition of ``x + v``.
+_DECOMPOSITIONS = {"qr": _upright_qf, "polar": polar}
 
 
 def _weight(

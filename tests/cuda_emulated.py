@@ -1,7 +1,8 @@
 """The CUDA backend on CPU tensors: the sources of ``csrc/cuda``, compiled as host C++ with one fiber for each thread.
 
-``step_`` is the operator, launch planning included; ``build`` compiles it, once for every state of the sources, into
-``build/emulated``. ``emulated/emulator.h`` says what such a run shows and what it does not.
+``step_`` is the operator, launch planning included, and ``in_place_of_the_cpu`` puts all operators where the package
+looks for those of CPU tensors; ``build`` compiles them, once for every state of the sources, into ``build/emulated``.
+``emulated/emulator.h`` says what such a run shows and what it does not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulated"
 CUDA = ROOT / "csrc" / "cuda"
 #: What the backend has in common with the CPU's.
-SHARED = ("arguments.cpp", "cpu/geometry.cpp", "cpu/library.cpp")
+SHARED = ("arguments.cpp", "functional.cpp", "cpu/geometry.cpp", "cpu/library.cpp")
 
 #: Sanitizers by name: flags of the kernels, and those of the emulator, which tells ThreadSanitizer what orders what.
 #: The host's side is the same for all of them.
@@ -114,6 +117,26 @@ def step_(*arguments: Sequence[Tensor] | Tensor | None) -> None:
     """The operator of ``ops.py``, with the gradient's scale and the flag of an overflow at its end."""
     load()
     torch.ops.manifold_kernels_emulated.step_(*arguments)
+
+
+@contextmanager
+def in_place_of_the_cpu() -> Iterator[None]:
+    """While it lasts, the package's operators on CPU tensors are the emulated backend's."""
+    load()
+    library = torch.library.Library("manifold_kernels", "IMPL", "CPU")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            for name in ("step_", "qr", "qf", "polar"):
+                library.impl(name, _emulated(name), allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def _emulated(name: str) -> Callable[..., object]:
+    operator = getattr(torch.ops.manifold_kernels_emulated, name).default
+    return lambda *arguments: operator(*arguments)
 
 
 def set_schedule(seed: int) -> None:

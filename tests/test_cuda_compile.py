@@ -27,6 +27,7 @@ if (reason := cuda.missing()) is not None:
 CEILINGS: list[tuple[str, int, int]] = [
     (r"small stiefel qr (2x2|3x2|3x3) float step", 64, 0),
     (r"small (sphere|oblique) (projection|exp) (2x2|3x3) float step", 64, 0),
+    (r"small (sphere|oblique|stiefel) (2x2|3x3) float measure", 64, 0),
     (r"small .*float measure", 255, 0),
     (r"small .*float step", 255, 0),
     (r"small stiefel .*double .*", 255, 0),
@@ -35,11 +36,17 @@ CEILINGS: list[tuple[str, int, int]] = [
     (r"advance", 32, 0),
     (r"(vectors|scale_invariant|grassmann) .*", 128, 0),
     (r"matrices .*", 255, 0),
+    (r"(qr|polar) [23]x[23] float", 64, 0),
+    (r"(qr|polar) [456]x[456] float", 80, 0),
+    (r"(qr|polar) \dx\d .*", 168, 0),
+    (r"(qr|polar) (thread|32|256) .*", 128, 0),
 ]
 
 #: Kernels of contiguous tensors. For each of three types in float, and for double, they load W, gradient and momentum
 #: 16 bytes at a time, and store momentum, and in the step W.
 FAST = re.compile("elements|small|vectors")
+#: Those of batches load a matrix so, and store Q and R, or the polar factor.
+BATCHES = re.compile("qr|polar")
 
 
 def check(architecture: str) -> None:
@@ -48,6 +55,7 @@ def check(architecture: str) -> None:
     # Sizes to 8 x 8 in float, and every source's first kernel.
     names = {kernel.name for kernel in found}
     assert {"small stiefel qr 3x3 float step", "small stiefel qr 8x8 float step", "advance"} <= names
+    assert {"qr 3x3 float", "qr 8x8 float", "polar 3x3 double", "polar 256 float"} <= names
     assert sum(name.startswith("small stiefel qr") and "float" in name for name in names) == 7 * 8 // 2
     faults = [fault for kernel in found for fault in faults_of(kernel)]
     assert not faults, "\n".join(faults)
@@ -68,6 +76,8 @@ def faults_of(kernel: Any) -> list[str]:
         stored -= kernel.name.startswith("elements") and not kernel.name.endswith("step")
         if kernel.loads[128] < 3 * types or kernel.stores[128] < stored * types:
             faults.append(f"{kernel.loads[128]} loads and {kernel.stores[128]} stores of 16 bytes")
+    if BATCHES.match(kernel.name) and (kernel.loads[128] < 1 or kernel.stores[128] < 1 + kernel.name.startswith("qr")):
+        faults.append(f"{kernel.loads[128]} loads and {kernel.stores[128]} stores of 16 bytes")
     return [f"{kernel.name}, {kernel.architecture}: {fault}" for fault in faults]
 
 

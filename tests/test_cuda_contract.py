@@ -4,6 +4,8 @@ they have: scaled gradients, launches whose number does not depend on the number
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import cuda_emulated
 import pytest
@@ -148,6 +150,51 @@ def test_launches_do_not_grow_with_the_number_of_tensors() -> None:
         step(run, [torch.randn_like(w) for w in weights], rows, [{}])
         counts.append(len(launched()))
     assert counts == [4, 4]  # norms and steps of 3 x 3 matrices, steps of elements, the count
+
+
+#: But for the matrices that torch's linear algebra steps.
+KERNELS = [engine for engine in ENGINES if engine[2] != (2, 2, 130, 6)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("engine", KERNELS, ids=str)
+def test_two_launches_at_most_for_each_kernel(
+    engine: tuple[str, str, tuple[int, ...], Layout], dtype: torch.dtype
+) -> None:
+    """And one that counts the step, for one tensor and for three."""
+    weight, rows, hyper = case_of(engine, dtype)
+    counts = []
+    for copies in (1, 3):
+        run = start([weight] * copies, [replace(row, parameter=i) for i in range(copies) for row in rows], hyper)
+        launched()
+        grads = [small(torch.randn_like(weight), engine[0]) for _ in range(copies)]
+        step(run, grads, [replace(row, parameter=i) for i in range(copies) for row in rows], hyper)
+        counts.append(len(launched()))
+    assert counts[0] == counts[1] <= 3
+
+
+@pytest.mark.parametrize("engine", KERNELS, ids=str)
+def test_a_planned_step_asks_torch_for_nothing(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
+    """No allocation and no look at a number, with numbers in tensors, a scale and a flag; where gradients lie elsewhere
+    than the last time a table is sent again: memory here, memory there, a copy."""
+    weight, rows, hyper = case_of(engine)
+    run, plan, table = start([weight], rows, hyper), Plan.build(rows, [weight]), hyper_table(hyper)
+    live, scale, inf = table.clone(), torch.ones(1), torch.zeros(1)
+    state = (run.params, run.momenta, run.variances, run.steps, run.nonfinite)
+
+    def asked(grad: Tensor) -> Counter[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step_(
+                state[0], [grad], *state[1:], plan.groups, plan.components, plan.scales, table, None, scale, inf, live
+            )
+        return Counter(event.name for event in profile.events() if event.name.startswith("aten::"))
+
+    grad = small(torch.randn_like(weight), engine[0])
+    assert asked(grad)  # it is planned
+    assert not asked(grad)
+    other = grad.clone()
+    assert asked(other) == Counter({"aten::empty": 2, "aten::copy_": 1})
+    assert not asked(other)
 
 
 @pytest.mark.parametrize("of", ["euclidean", "sphere", "stiefel", "oblique"])

@@ -1,4 +1,4 @@
-"""Steps of the CUDA kernels on a GPU against the reference: the tests of the CPU kernels, and those of their contract.
+"""The CUDA kernels on a GPU against the reference: the tests of the CPU's steps, their contract and decompositions.
 
 Tensors lie on the CPU in those tests. ``step_`` takes their storages to the GPU, whole, so that every address keeps its
 alignment and every gap its content, steps there, and brings the storages back.
@@ -12,8 +12,10 @@ from functools import partial
 import pytest
 import test_cpu_contract as contract
 import test_cpu_kernels as suite
+import test_functional_qr as functional_qr
 import torch
 from cpu_lockstep import check
+from matrix_families import families
 from test_cpu_contract import (  # noqa: F401  the tests themselves
     test_buffers_are_not_read_before_the_first_step_nor_used_without_momentum,
     test_every_retraction_has_its_kernel,
@@ -29,7 +31,7 @@ from test_cpu_contract import (  # noqa: F401  the tests themselves
 from test_cpu_kernels import *  # noqa: F403  the tests themselves
 from torch import Tensor, UntypedStorage
 
-from manifold_kernels import ops
+from manifold_kernels import decompositions, ops
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU; `make test-gpu` runs these tests where there is one", allow_module_level=True)
@@ -70,3 +72,15 @@ def _on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "check", partial(check, step=step_))
     monkeypatch.setattr(suite, "compiled", step_)
     monkeypatch.setattr(contract, "compiled", step_)
+
+
+@pytest.mark.parametrize("dtype", functional_qr.DTYPES)
+def test_decompositions(dtype: torch.dtype) -> None:
+    """Sizes of every kernel, and of torch's linear algebra."""
+    for n, p in [*functional_qr.SMALL, (12, 25), (32, 32), (33, 33), (64, 32), (3, 300), (128, 128), (129, 128)]:
+        batch = torch.stack(list(families(n, p, dtype).values()))
+        ratios = torch.maximum(
+            functional_qr.worst_qr(lambda a: tuple(one.cpu() for one in decompositions.qr(a.to(DEVICE))), batch),
+            functional_qr.worst_polar(lambda a: decompositions.polar(a.to(DEVICE)).cpu(), batch),
+        )
+        assert float(ratios.max()) < functional_qr.LIMIT, (n, p)

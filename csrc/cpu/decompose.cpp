@@ -1,12 +1,15 @@
+// The operators of decompositions.py for tensors on the CPU: blocks of a register full of matrices, on torch's threads.
 #include "cpu/decompose.h"
 
 #include <ATen/Parallel.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <new>
 #include <string>
 
 #include "cpu/driver.h"
+#include "functional.h"
 
 namespace mk {
 namespace {
@@ -17,8 +20,7 @@ constexpr int64_t block = 16;
 constexpr int64_t serial_work = 1 << 14;
 constexpr std::align_val_t alignment{64};
 
-}  // namespace
-
+// The kernels in use, chosen as those of the step are.
 const Decompositions& decompositions() {
 #if defined(__x86_64__)
   static const Decompositions& chosen = instruction_set() == std::string("avx512") ? decompositions_avx512
@@ -30,7 +32,10 @@ const Decompositions& decompositions() {
 #endif
 }
 
-void decompose(const Batch& batch, void (*kernel)(const Batch&, int64_t, int64_t, void*)) {
+bool has_kernel(Decomposition, const Batch& batch, at::Device) { return batch.n * batch.p <= decompose_elements; }
+
+void decompose(Decomposition what, const Batch& batch, at::Device) {
+  const auto kernel = what == Decomposition::qr ? decompositions().qr : decompositions().polar;
   const size_t bytes = size_t(decompositions().scratch_bytes(batch));
   const int64_t blocks = (batch.count + block - 1) / block;
   const int64_t work = block * batch.n * batch.p * std::min(batch.n, batch.p);
@@ -42,4 +47,13 @@ void decompose(const Batch& batch, void (*kernel)(const Batch&, int64_t, int64_t
   });
 }
 
+constexpr Decomposer on_cpu{has_kernel, decompose};
+
+}  // namespace
 }  // namespace mk
+
+TORCH_LIBRARY_IMPL(manifold_kernels, CPU, m) {
+  m.impl("qr", [](const at::Tensor& x) { return mk::qr(x, mk::on_cpu); });
+  m.impl("qf", [](const at::Tensor& x) { return mk::qf(x, mk::on_cpu); });
+  m.impl("polar", [](const at::Tensor& x) { return mk::polar(x, mk::on_cpu); });
+}

@@ -1,21 +1,12 @@
-// Batches of QR and polar decompositions: plain structs between the operators and the kernels of an instruction set.
+// Batches of QR and polar decompositions on the CPU: what the kernels of an instruction set are.
 #pragma once
 
-#include <cstdint>
+#include "batch.h"
 
 namespace mk {
 
 // Up to here matrices are decomposed in the lanes of registers; larger ones go to torch's linear algebra.
 constexpr int64_t decompose_elements = 2048;
-
-// `count` matrices n x p, row-major, one after the other.
-struct Batch {
-  bool is_double;
-  const void* x;
-  void* q;  // n x k, k = min(n, p)
-  void* r;  // k x p, or null: not wanted
-  int64_t count, n, p;
-};
 
 struct Decompositions {
   // Matrices [begin, end), begin a multiple of every register's lanes; a matrix gets the same bits wherever it stands.
@@ -29,11 +20,5 @@ extern const Decompositions decompositions_baseline;
 extern const Decompositions decompositions_avx2;
 extern const Decompositions decompositions_avx512;
 #endif
-
-// The kernels in use, chosen as those of the step are.
-const Decompositions& decompositions();
-
-// Everything in the batch, on torch's threads.
-void decompose(const Batch& batch, void (*kernel)(const Batch&, int64_t, int64_t, void*));
 
 }  // namespace mk

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
@@ -12,17 +13,11 @@ namespace cuda {
 
 #ifdef MK_EMULATED
 
-template <auto kernel>
-void start(unsigned blocks, int threads, size_t shared, Stream, const Tables& tables, const Tile* tiles) {
-  struct Arguments {
-    Tables tables;
-    const Tile* tiles;
-  } arguments{tables, tiles};
-  const auto body = [](void* given) {
-    const Arguments& a = *static_cast<Arguments*>(given);
-    kernel(a.tables, a.tiles);
-  };
-  emulator::launch(blocks, unsigned(threads), shared, body, &arguments);
+template <auto kernel, class... A>
+void launch(unsigned blocks, int threads, size_t shared, Stream, A... arguments) {
+  std::tuple<A...> given(arguments...);
+  const auto body = [](void* tuple) { std::apply(kernel, *static_cast<std::tuple<A...>*>(tuple)); };
+  emulator::launch(blocks, unsigned(threads), shared, body, &given);
 }
 
 #else
@@ -33,20 +28,26 @@ inline void check(cudaError_t error, const char* what) {
                              cudaGetErrorString(error));
 }
 
-template <auto kernel>
-void start(unsigned blocks, int threads, size_t shared, Stream stream, const Tables& tables, const Tile* tiles) {
+// The arguments are of the very types that the kernel takes.
+template <auto kernel, class... A>
+void launch(unsigned blocks, int threads, size_t shared, Stream stream, A... arguments) {
   // More than 48 KB of a block have to be asked for.
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
           "set aside shared memory");
-  Tables given = tables;
-  void* arguments[] = {&given, &tiles};
-  check(cudaLaunchKernel(kernel, dim3(blocks), dim3(unsigned(threads)), arguments, shared,
+  void* addresses[] = {&arguments...};
+  check(cudaLaunchKernel(kernel, dim3(blocks), dim3(unsigned(threads)), addresses, shared,
                          static_cast<cudaStream_t>(stream)),
         "launch a kernel");
 }
 
 #endif
+
+// As the table of kernels has it.
+template <auto kernel>
+void start(unsigned blocks, int threads, size_t shared, Stream stream, const Tables& tables, const Tile* tiles) {
+  launch<kernel>(blocks, threads, shared, stream, tables, tiles);
+}
 
 }  // namespace cuda
 }  // namespace mk

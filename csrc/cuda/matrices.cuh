@@ -2,6 +2,7 @@
 // those of manifolds/stiefel.h, by products of matrices.
 #pragma once
 
+#include "cuda/householder.cuh"
 #include "cuda/products.cuh"
 #include "cuda/spans.cuh"
 
@@ -187,8 +188,11 @@ class Matrix {
       each_element<T>(n * p, [&](int e) { D[e] = fma(-length, D[e], Q[e]); });
       result = orthonormal_by_products<T>(D, Q, A, n, p);
       if (result == nullptr) {
-        householder_qf<T>(D, Q, A, n, p);
-        result = Q;
+        const SharedMatrix<R> Y{D, n, p, p, 1};
+        const Reflections<R> of = reflections_at(Q, p);  // 3 p numbers, which n p are: small.cuh has all with n < 6
+        reflections<T>(Y, of);
+        reflections_to_q<T>(Y, of);
+        result = D;
       }
     }
     each<true>(true, !stored, [&](int e, R& w, R, R) { w = result[e] * scale; });

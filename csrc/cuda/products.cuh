@@ -165,47 +165,5 @@ MK_DEVICE R* orthonormal_by_products(R* Y, R* Z, R* G, int n, int p) {
   return Y;
 }
 
-// Q <- qf(Y) for any Y (n x p) by Householder reflections; `tau`: p numbers. Y is overwritten.
-template <class T, class R>
-MK_DEVICE void householder_qf(R* Y, R* Q, R* tau, int n, int p) {
-  for (int j = 0; j < p; j++) {
-    R square = R(0);
-    for (int i = j + 1 + T::rank(); i < n; i += T::size) square = fma(Y[i * p + j], Y[i * p + j], square);
-    square = T::sum(square);
-    const R first = Y[j * p + j], norm = sqrt(fma(first, first, square));
-    // The reflection I - t v v^T, v_j = 1, that turns the column into (alpha, 0); none for a zero column.
-    const bool still = !(norm > R(0));
-    const R alpha = first > R(0) ? -norm : norm, below = still ? R(0) : R(1) / (first - alpha);
-    const R t = still ? R(0) : (alpha - first) / alpha;
-    T::sync();  // all have read the column
-    each_element<T>(n - j - 1, [&](int e) { Y[(j + 1 + e) * p + j] = Y[(j + 1 + e) * p + j] * below; });
-    if (T::rank() == 0) {
-      Y[j * p + j] = alpha;
-      tau[j] = t;
-    }
-    each_element<T>(p - j - 1, [&](int e) {
-      const int k = j + 1 + e;
-      R sum = Y[j * p + k];
-      for (int i = j + 1; i < n; i++) sum = fma(Y[i * p + j], Y[i * p + k], sum);
-      sum = sum * t;
-      Y[j * p + k] = Y[j * p + k] - sum;
-      for (int i = j + 1; i < n; i++) Y[i * p + k] = fma(-sum, Y[i * p + j], Y[i * p + k]);
-    });
-  }
-  // The first p columns of the product of all reflections, one to a thread, with the sign that makes R's diagonal >= 0.
-  each_element<T>(p, [&](int k) {
-    for (int i = 0; i < n; i++) Q[i * p + k] = R(i == k ? 1 : 0);
-    for (int j = p - 1; j >= 0; j--) {
-      R sum = Q[j * p + k];
-      for (int i = j + 1; i < n; i++) sum = fma(Y[i * p + j], Q[i * p + k], sum);
-      sum = sum * tau[j];
-      Q[j * p + k] = Q[j * p + k] - sum;
-      for (int i = j + 1; i < n; i++) Q[i * p + k] = fma(-sum, Y[i * p + j], Q[i * p + k]);
-    }
-    if (Y[k * p + k] < R(0))
-      for (int i = 0; i < n; i++) Q[i * p + k] = -Q[i * p + k];
-  });
-}
-
 }  // namespace cuda
 }  // namespace mk

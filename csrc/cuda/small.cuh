@@ -15,20 +15,18 @@ namespace cuda {
 constexpr int small_threads(int elements) { return elements <= 25 ? 128 : 64; }
 constexpr int small_stride(int elements) { return elements | 1; }
 
-// Blocks that a multiprocessor is to have room for: what bounds the registers of a thread, to 64 in a step of 3 x 3
-// matrices. One lets the compiler take what it wants, where it would spill a few numbers for the sake of more threads;
-// zero leaves it alone.
+// Blocks that a multiprocessor is to have room for: what bounds the registers of a thread, to 64 for 3 x 3 matrices.
+// One lets the compiler take what it wants, where it would spill a few numbers for the sake of more threads; zero
+// leaves it alone.
 template <class Map>
 constexpr bool is_by_qr = true;
 template <Retraction retraction>
 constexpr bool is_by_qr<StiefelMap<retraction>> = retraction == Retraction::qr;
 template <class R, class Map>
 constexpr int small_blocks(int elements, Pass pass) {
-  // 4 x 2 takes more rotations than 3 x 3 and would spill; so would the norms of 3 x 2 on a B200.
-  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) {
-    if (pass == Pass::step) return elements == 8 ? 7 : 8;
-    return elements == 6 ? 6 : 7;
-  }
+  // 4 x 2 takes more rotations than 3 x 3 and would spill, and so would the norms of 3 x 2 for sm_100.
+  const bool tight = elements == 8 || (elements == 6 && pass == Pass::measure);
+  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) return tight ? 7 : 8;
   return pass == Pass::step && elements >= 56 ? 0 : 1;
 }
 

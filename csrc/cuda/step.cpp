@@ -19,14 +19,6 @@ const T* at_byte(const at::Tensor& table, size_t byte) {
   return reinterpret_cast<const T*>(static_cast<const char*>(table.const_data_ptr()) + byte);
 }
 
-const float* scalar_of(const std::optional<at::Tensor>& tensor, const char* name, at::Device device) {
-  if (!tensor.has_value()) return nullptr;
-  TORCH_CHECK_VALUE(tensor->device() == device && tensor->scalar_type() == at::kFloat && tensor->numel() == 1, name,
-                    ": wanted one float32 number on ", device, ", got ", tensor->toString(), " with ", tensor->numel(),
-                    ".");
-  return tensor->const_data_ptr<float>();
-}
-
 // Addresses, hyper-parameters and what else changes between steps, in device memory. Sent only where it is not there
 // yet; a graph that is captured gets a table of its own, which no later step writes to.
 class StepTable {
@@ -89,37 +81,11 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
            const std::optional<at::Tensor>& norms, const std::optional<at::Tensor>& grad_scale,
            const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& live) {
   const int64_t count = int64_t(params.size());
-  TORCH_CHECK_VALUE(
-      int64_t(grads.size()) == count && int64_t(momenta.size()) == count && int64_t(variances.size()) == count,
-      "grads, momenta, variances: wanted lists as long as params (", count, "), got ", grads.size(), ", ",
-      momenta.size(), ", ", variances.size(), ".");
   if (count == 0) return;
   const at::Device device = params[0].device();
-  check_table(groups, "groups", at::kLong, group_columns);
-  check_table(components, "components", at::kLong, 0);
-  check_table(scales, "scales", at::kDouble, 0);
-  check_table(hyper, "hyper", at::kDouble, hyper_columns);
-  if (live.has_value()) {
-    check_table(*live, "live", at::kDouble, hyper_columns, device);
-    TORCH_CHECK_VALUE(live->size(0) == hyper.size(0), "live: wanted as many rows as hyper, ", hyper.size(0), ", got ",
-                      live->size(0), ".");
-  }
-  check_table(steps, "steps", at::kLong, 0, device);
-  check_table(nonfinite, "nonfinite", at::kLong, 0, device);
-  if (norms.has_value()) check_table(*norms, "norms", at::kDouble, 0);
-  TORCH_CHECK_VALUE(steps.numel() == count && nonfinite.numel() == count, "steps, nonfinite: wanted ", count,
-                    " elements, got ", steps.numel(), ", ", nonfinite.numel(), ".");
-
-  std::vector<at::Tensor> grad(static_cast<size_t>(count));  // undefined where there is nothing to do
-  std::vector<uint8_t> taken(static_cast<size_t>(count), 0);
-  for (int64_t i = 0; i < count; i++) {
-    const std::optional<at::Tensor> given = grads.get(size_t(i));
-    if (!given.has_value() || !given->defined()) continue;
-    check_parameter(i, params[size_t(i)], *given, momenta[size_t(i)], device);
-    taken[size_t(i)] = 1;
-    // A lazy negation: torch's fallback does not look into lists of optional tensors.
-    if (params[size_t(i)].numel() > 0) grad[size_t(i)] = given->is_neg() ? given->resolve_neg() : *given;
-  }
+  check_arguments(params, grads, momenta, variances, steps, nonfinite, groups, components, scales, hyper, norms, live,
+                  device);
+  const auto [grad, taken] = Gradients(params, grads, momenta, device);
   const GroupRow* rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<int64_t>());
   int64_t entries = 0;
   for (int64_t r = 0; r < groups.size(0); r++) {
@@ -130,16 +96,10 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
     if (!grad[i].defined() || row.count == 0) continue;
     const bool adaptive = Rule(row.rule) == Rule::adam_g && ManifoldCode(row.manifold) == ManifoldCode::grassmann;
     const Hyper& h = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>())[row.hyper];
-    TORCH_CHECK_VALUE(momenta[i].numel() > 0 || !(adaptive || h.momentum != 0), "momenta[", i,
-                      "]: wanted a buffer like the weight, ", params[i].sizes(),
-                      ", got an empty tensor. Only parameters without momentum have none.");
+    if (adaptive || h.momentum != 0) check_buffer(row.parameter, params[i], momenta[i]);
   }
-  if (norms.has_value()) {
-    TORCH_CHECK_VALUE(norms->dim() == 1 && norms->numel() == entries, "norms: wanted shape (", entries,
-                      "), a number for every group and one for each component of an individual one, got ",
-                      norms->sizes(), ".");
-  }
-  const float *scale = scalar_of(grad_scale, "grad_scale", device), *inf = scalar_of(found_inf, "found_inf", device);
+  if (norms.has_value()) check_norms(*norms, entries);
+  const float *scale = number_of(grad_scale, "grad_scale", device), *inf = number_of(found_inf, "found_inf", device);
 
   static std::mutex one_at_a_time;  // schedules are shared by all optimizers
   const std::lock_guard<std::mutex> lock(one_at_a_time);

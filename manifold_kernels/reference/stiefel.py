@@ -80,6 +80,12 @@ def polar(x: Tensor) -> Tensor:
     return q
 
 
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """``A^-1 B`` without a look at whether A is singular, for which the host would wait for a GPU."""
+    x: Tensor = torch.linalg.solve_ex(a, b)[0]
+    return x
+
+
 def _newton_schulz(q: Tensor) -> Tensor:
     """One step towards the nearest orthonormal matrix, so that rounding errors do not add up from step to step."""
     return q @ (3 * _eye(q) - q.mT @ q) / 2
@@ -115,11 +121,11 @@ def retr_cayley(w: Tensor, v: Tensor, s: Radius) -> Tensor:
     q, x = w / s, v / s
     if q.shape[-1] == q.shape[-2]:
         a = _turn(q, x)
-        return s * _newton_schulz(q @ torch.linalg.solve(_eye(a) - a / 2, _eye(a) + a / 2))
+        return s * _newton_schulz(q @ _solve(_eye(a) - a / 2, _eye(a) + a / 2))
     px = x - q @ (q.mT @ x) / 2
     u = torch.cat((px, q), -1)
     z = torch.cat((q, -px), -1)
-    moved = q + u @ torch.linalg.solve(_eye(u) - z.mT @ u / 2, z.mT @ q)
+    moved = q + u @ _solve(_eye(u) - z.mT @ u / 2, z.mT @ q)
     return s * _newton_schulz(moved)
 
 

@@ -1,6 +1,7 @@
 // The CUDA backend on CPU tensors, as torch.ops.manifold_kernels_emulated.
 #include <torch/library.h>
 
+#include "cuda/decomposer.h"
 #include "cuda/kernels.h"
 #include "cuda/step.h"
 #include "emulator.h"
@@ -20,9 +21,17 @@ TORCH_LIBRARY(manifold_kernels_emulated, m) {
       "step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] momenta, Tensor(c!)[] variances, Tensor(d!) steps, "
       "Tensor(e!) nonfinite, Tensor groups, Tensor components, Tensor scales, Tensor hyper, Tensor(f!)? norms=None, "
       "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? live=None) -> ()");
+  m.def("qr(Tensor x) -> (Tensor q, Tensor r)");
+  m.def("qf(Tensor x) -> Tensor");
+  m.def("polar(Tensor x) -> Tensor");
   m.def("set_schedule(int seed) -> ()", [](int64_t seed) { emulator::set_schedule(unsigned(seed)); });
   m.def("kernel_names() -> str[]", kernel_names);
   m.def("launched() -> int[]", [] { return emulator::launched(); });
 }
 
-TORCH_LIBRARY_IMPL(manifold_kernels_emulated, CPU, m) { m.impl("step_", &mk::cuda::step_); }
+TORCH_LIBRARY_IMPL(manifold_kernels_emulated, CPU, m) {
+  m.impl("step_", &mk::cuda::step_);
+  m.impl("qr", [](const at::Tensor& x) { return mk::qr(x, mk::cuda::on_gpu); });
+  m.impl("qf", [](const at::Tensor& x) { return mk::qf(x, mk::cuda::on_gpu); });
+  m.impl("polar", [](const at::Tensor& x) { return mk::polar(x, mk::cuda::on_gpu); });
+}

@@ -21,30 +21,16 @@ MK_FN constexpr Fixed<P, P> square_of(Fixed<N, P>) {
 }
 MK_FN RunTimeSize square_of(RunTimeSize size) { return {size.p, size.p}; }
 
-// Registers one after the other from a piece of memory.
-template <class T>
-struct Shelf {
-  T* next;
-  MK_FN T* take(int count) {
-    T* here = next;
-    next += count;
-    return here;
-  }
-  MK_FN Reflections<T> take_reflections(int k, int p) { return {take(k), take(k), take(k), take(p)}; }
-};
-
-constexpr int reflections(int k, int p) { return 3 * k + p; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 struct Qr {
-  static constexpr int room(int n, int p) { return n * p + reflections(min_of(n, p), p); }
+  static constexpr int room(int n, int p) { return n * p + reflections_numbers(min_of(n, p), p); }
 
   template <class R, class Size>
   MK_FN static void run(const R* x, R* q, R* r, Size size, Pack<R>* room) {
     const int n = size.n, p = size.p, k = min_of(n, p);
-    Shelf<Pack<R>> shelf{room};
-    Pack<R>* A = shelf.take(n * p);
-    const Reflections<Pack<R>> of = shelf.take_reflections(k, p);
+    Pack<R>* A = room;
+    const Reflections<Pack<R>> of = reflections_at(A + n * p, k);
     read_matrices(x, n, p, [&](int i, int j, Pack<R> one) { A[j * n + i] = one; });
     householder(A, of, size);
     if (r) write_matrices(r, k, p, [&](int i, int j) { return element_of_r(A, of, n, i, j); });
@@ -54,18 +40,14 @@ struct Qr {
 };
 
 struct Polar {
-  static constexpr int room(int n, int p) { return 2 * n * p + 3 * p * p + p + 2 * reflections(p, p); }
+  static constexpr int room(int n, int p) { return 2 * n * p + polar_work_numbers(p); }
 
   template <class R, class Size>
   MK_FN static void run(const R* x, R* q, R*, Size size, Pack<R>* room) {
     const int n = size.n, p = size.p;
-    Shelf<Pack<R>> shelf{room};
-    Pack<R>*A = shelf.take(n * p), *Z = shelf.take(n * p);
-    const PolarWork<Pack<R>> work{
-        shelf.take(p * p),           shelf.take(p * p), shelf.take(p * p), shelf.take(p), shelf.take_reflections(p, p),
-        shelf.take_reflections(p, p)};
+    Pack<R>*A = room, *Z = A + n * p;
     read_matrices(x, n, p, [&](int i, int j, Pack<R> one) { A[j * n + i] = one; });
-    polar_of_any(A, Z, work, size, square_of(size));
+    polar_of_any(A, Z, polar_work_at(Z + n * p, p), size, square_of(size));
     write_matrices(q, n, p, [&](int i, int j) { return Z[j * n + i]; });
   }
 };
