@@ -43,7 +43,7 @@ INSTALL = "pip install --no-build-isolation ."
 #: same bits on every machine (no -ffast-math). Torch's parallel_for is silently serial without -fopenmp.
 FLAGS = shlex.split(
     "-std=c++20 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra "
-    "-Wno-maybe-uninitialized "  # GCC 12 finds its own AVX-512 headers guilty of it
+    "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 finds its own AVX-512 headers guilty of it
     "-DTORCH_EXTENSION_NAME=_C -DTORCH_API_INCLUDE_EXTENSION_H"
 )
 

@@ -1,10 +1,10 @@
 """The operators behind :mod:`manifold_kernels.functional`: batched QR and polar decompositions.
 
 ``qr``, ``qf`` and ``polar`` take matrices ``(..., n, p)`` in float32 or float64 of any strides and return contiguous
-tensors. The compiled extension implements them for the CPU and CUDA, ``triton_qr`` and so on are those of the Triton backend,
-and torch's linear algebra is the reference, on the same contract: ``diag(r) >= 0``, orthonormal factors for any finite
-matrix, and NaN for a matrix with NaN or Inf. Schemas, fake kernels, derivatives and batching rules stand here, once for
-all of them.
+tensors. The compiled extension implements them for the CPU and CUDA, ``triton_qr`` and so on are those of the Triton
+backend, and torch's linear algebra is the reference, on the same contract: ``diag(r) >= 0``, orthonormal factors for
+any finite matrix, and NaN for a matrix with NaN or Inf. Schemas, fake kernels, derivatives and batching rules stand
+here, once for all of them.
 """
 
 from __future__ import annotations

@@ -41,10 +41,26 @@ MK_FN void store(double* p, Pack<double> x) { x.store(p); }
 typedef uint32_t Words __attribute__((vector_size(register_bytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(register_bytes / 2)));
 
+// GCC 12 takes these apart into smaller registers by itself.
+MK_FN Words widened(HalfWords x) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+MK_FN HalfWords narrowed(Words x) {
+#if defined(__AVX512F__)
+  return (HalfWords)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x);
+#else
+  return __builtin_convertvector(x, HalfWords);
+#endif
+}
+
 MK_FN Pack<float> load(const BFloat16* p) {
   HalfWords half;
   __builtin_memcpy(&half, p, sizeof(half));
-  return Pack<float>((Pack<float>::Numbers)(__builtin_convertvector(half, Words) << 16));
+  return Pack<float>((Pack<float>::Numbers)(widened(half) << 16));
 }
 // What storing x as S and loading it again gives.
 template <class S>
@@ -62,14 +78,14 @@ MK_FN Pack<float> as_stored<BFloat16>(Pack<float> x) {
 }
 // Stores a number that S can represent.
 MK_FN void store_exact(BFloat16* p, Pack<float> x) {
-  const HalfWords half = __builtin_convertvector((Words)x.v >> 16, HalfWords);
+  const HalfWords half = narrowed((Words)x.v >> 16);
   __builtin_memcpy(p, &half, sizeof(half));
 }
 MK_FN void store(BFloat16* p, Pack<float> x) { store_exact(p, as_stored<BFloat16>(x)); }
 
 MK_FN Pack<float> load(const Float16* p) {
 #if defined(__AVX512F__)
-  return Pack<float>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+  return Pack<float>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)));
 #elif defined(__F16C__)
   return Pack<float>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 #else
@@ -80,7 +96,7 @@ MK_FN Pack<float> load(const Float16* p) {
 }
 MK_FN void store(Float16* p, Pack<float> x) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, x.v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -131,7 +131,8 @@ class Rotation16 {
   template <int Places>
   MK_FN static __m512 shifted(__m512 x) {
     if constexpr (Places == 0) return x;
-    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(x), _mm512_castps_si512(x), (Places + 16) % 16));
+    return _mm512_castsi512_ps(
+        _mm512_maskz_alignr_epi32(0xffff, _mm512_castps_si512(x), _mm512_castps_si512(x), (Places + 16) % 16));
   }
   template <int Sign, int... J>
   MK_FN static void align(Pack<float>* u, std::integer_sequence<int, J...>) {
