@@ -154,6 +154,7 @@ def _read(cubin: Path) -> list[Resources]:
 def _of(signature: str, cubin: Path, report: str, listing: str) -> Resources:
     name, wide, elements = _name(signature, cubin.stem)
     threads, *dynamic = _blocks()["in_registers" if "in_registers" in signature else "small", elements]
+    threads = next((number for kernel, number in _THREADS if re.search(kernel, signature)), threads)
     # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
     numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing, re.MULTILINE)
@@ -175,6 +176,8 @@ def _of(signature: str, cubin: Path, report: str, listing: str) -> Resources:
     )
 
 
+#: Blocks of decompose_threads.cu and decompose_teams.cu that are others than most.
+_THREADS = (("by_threads", 32), ("by_teams.*Team<32>", 64))
 _MEMORY = ("stack frame", "spill stores", "spill loads", "smem")
 _ARITHMETIC = ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "MUFU", "DADD", "DMUL", "DFMA", "DSETP", "F2F")
 
