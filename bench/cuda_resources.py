@@ -152,6 +152,7 @@ def _read(cubin: Path) -> list[Resources]:
 def _of(signature: str, cubin: Path, report: str, code: list[Instruction]) -> Resources:
     name, wide, elements = name_of(signature, cubin.stem)
     threads, *dynamic = _blocks()["in_registers" if "in_registers" in signature else "small", elements]
+    threads = next((number for kernel, number in _THREADS if re.search(kernel, signature)), threads)
     # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
     numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
     return Resources(
@@ -169,6 +170,8 @@ def _of(signature: str, cubin: Path, report: str, code: list[Instruction]) -> Re
     )
 
 
+#: Blocks of decompose_threads.cu and decompose_teams.cu that are others than most.
+_THREADS = (("by_threads", 32), ("by_teams.*Team<32>", 64))
 _MEMORY = ("stack frame", "spill stores", "spill loads", "smem")
 
 
