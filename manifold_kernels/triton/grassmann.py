@@ -5,33 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manifold_kernels.triton.addressing import address, offsets
+from manifold_kernels.triton.addressing import address
 from manifold_kernels.triton.arithmetic import divide, inverse_root, power_of_two, root
-from manifold_kernels.triton.rows import broken, largest, piece
+from manifold_kernels.triton.rows import broken, largest, piece, place
 from manifold_kernels.triton.tables import (
-    AXES_WIDTH,
     BETA2,
     CLIP,
     EPS,
     FOUND_INF,
-    GRAD,
-    GROUP_FIRST,
     GROUP_HYPER,
     GROUP_WIDTH,
     HYPER_WIDTH,
     LR,
     MOMENTUM,
-    MOMENTUM_BUFFER,
     PARAMETER_WIDTH,
     STEPS,
-    TILE_AXES,
-    TILE_COUNT,
-    TILE_FIRST,
     TILE_GROUP,
-    TILE_PARAMETER,
     TILE_WIDTH,
     VARIANCE,
-    WEIGHT,
 )
 
 
@@ -75,50 +66,20 @@ def step(
     """One block of rows of one group."""
     BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
     tile = tiles + tl.program_id(0) * TILE_WIDTH
-    parameter = tl.load(tile + TILE_PARAMETER)
     group = groups + tl.load(tile + TILE_GROUP) * GROUP_WIDTH
-    own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
-    tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
     if DIVIDED:
         if tl.load(h + FOUND_INF) != 0:
             return
-
-    lane = tl.arange(0, LANES)
-    inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
-    component = tl.load(group + GROUP_FIRST).to(tl.int32) + tl.load(tile + TILE_FIRST).to(tl.int32) + lane
-    if LISTED:
-        component = tl.load(components + component, mask=inside, other=0).to(tl.int32)
-    weights = address(tensor + WEIGHT, STORE, RUN >= 0)
-    grads = address(tensor + GRAD, STORE, RUN >= 0)
-    buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
-    at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
+    parameter, component, inside, source = place(
+        tile, group, parameters, axes, components, h, STORE, LISTED, SAME, RUN, ALIGN, DIMS_0, LANES
+    )
 
     bad = tl.zeros((LANES,), tl.int32)
     top_w = tl.zeros((LANES,), COMPUTE)
     top_g = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         bad = tl.maximum(bad, tl.maximum(broken(w), tl.maximum(broken(g), broken(u))))
         top_w = tl.maximum(top_w, largest(w))
         top_g = tl.maximum(top_g, largest(g))
@@ -128,75 +89,18 @@ def step(
     c_g, inverse_g = power_of_two(tl.where(ok, top_g, 0.0))
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         q = w * inverse_w[:, None]
         square += tl.sum(q * q, 1)
     unit = inverse_w * inverse_root(square)
     along = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         along += tl.sum(w * unit[:, None] * (g * inverse_g[:, None]), 1)
     nothing = tl.zeros((LANES,), COMPUTE)
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, nothing, 0.0)
         square += tl.sum(rgrad * rgrad, 1)
 
@@ -213,36 +117,19 @@ def step(
         pull = -lr * clipped
     square_c = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
         square_c += tl.sum(c * c, 1)
     norm = root(square_c)
     if ADAPTIVE:
         beta2 = tl.load(h + BETA2)
+        tensor = parameters + parameter * PARAMETER_WIDTH
+        taken = tl.load(address(tensor + STEPS, tl.int64, False))
         at = tl.load(tensor + VARIANCE).to(tl.pointer_type(COMPUTE)) + component
-        v = tl.load(at, mask=inside & (~first_step), other=0.0)
+        v = tl.load(at, mask=inside & (taken > 0), other=0.0)
         size = clipped * length
         v = tl.fma(v, beta2.to(COMPUTE), (1.0 - beta2).to(COMPUTE) * (size * size))
-        t = (tl.load(address(tensor + STEPS, tl.int64, False)) + 1).to(tl.float64)
+        t = (taken + 1).to(tl.float64)
         correction = tl.sqrt(1.0 - tl.exp(t * tl.log(beta2))) / (1.0 - tl.exp(t * tl.log(theta)))
         factor = divide(-lr * correction.to(COMPUTE) + nothing, root(v + tl.load(h + EPS).to(COMPUTE)))
         tl.store(at, v, mask=ok)
@@ -256,26 +143,7 @@ def step(
     turn = tl.where(factor < 0, -norm, norm) * sine
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
         y = tl.fma(c, sinc[:, None], q * cosine[:, None])
         square += tl.sum(y * y, 1)
@@ -284,56 +152,18 @@ def step(
     if BUFFERED:
         # tau loses its component along the new w, which rounding would let grow.
         for k in range(BLOCKS):
-            w, g, u, ow, om, mask = piece(
-                own_axes,
-                k,
-                weights,
-                grads,
-                buffers,
-                at_lane,
-                inside,
-                first_step,
-                h,
-                N,
-                BLOCK,
-                COMPUTE,
-                BUFFERED,
-                DIVIDED,
-                SAME,
-                RUN,
-                ALIGN,
-                DIMS_1,
-            )
+            w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
             q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
             y = tl.fma(c, sinc[:, None], q * cosine[:, None]) * unit_y[:, None]
             tau = tl.fma(-turn[:, None], q, c * cosine[:, None])
             radial += tl.sum(y * tau, 1)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         q, c, rgrad = carried(w, g, u, unit, inverse_g, along, pull, carry)
         y = tl.fma(c, sinc[:, None], q * cosine[:, None]) * unit_y[:, None]
-        tl.store(weights + ow, y.to(STORE), mask=mask & ok[:, None])
+        tl.store(source[1] + ow, y.to(STORE), mask=mask & ok[:, None])
         if BUFFERED:
             tau = tl.fma(-turn[:, None], q, c * cosine[:, None])
-            tl.store(buffers + om, tl.fma(-radial[:, None], y, tau).to(STORE), mask=mask & ok[:, None])
+            tl.store(source[3] + om, tl.fma(-radial[:, None], y, tau).to(STORE), mask=mask & ok[:, None])
     left = tl.sum((inside & (~ok)).to(tl.int32), 0)
     tl.atomic_add(nonfinite + parameter, left.to(tl.int64), mask=left > 0)

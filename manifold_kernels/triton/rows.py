@@ -5,22 +5,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manifold_kernels.triton.addressing import offsets
+from manifold_kernels.triton.addressing import address, offsets
 from manifold_kernels.triton.arithmetic import divide
-from manifold_kernels.triton.tables import DIVISOR
+from manifold_kernels.triton.tables import (
+    AXES_WIDTH,
+    DIVISOR,
+    GRAD,
+    GROUP_FIRST,
+    MOMENTUM_BUFFER,
+    PARAMETER_WIDTH,
+    STEPS,
+    TILE_AXES,
+    TILE_COUNT,
+    TILE_FIRST,
+    TILE_PARAMETER,
+    WEIGHT,
+)
+
+
+@triton.jit
+def place(
+    tile,
+    group,
+    parameters,
+    axes,
+    components,
+    h,
+    STORE: tl.constexpr,
+    LISTED: tl.constexpr,
+    SAME: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DIMS_0: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A tile's parameter, its rows, which of them there are, and where :func:`piece` reads them."""
+    parameter = tl.load(tile + TILE_PARAMETER)
+    own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
+    tensor = parameters + parameter * PARAMETER_WIDTH
+    lane = tl.arange(0, LANES)
+    inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
+    component = tl.load(group + GROUP_FIRST).to(tl.int32) + tl.load(tile + TILE_FIRST).to(tl.int32) + lane
+    if LISTED:
+        component = tl.load(components + component, mask=inside, other=0).to(tl.int32)
+    weights = address(tensor + WEIGHT, STORE, RUN >= 0)
+    grads = address(tensor + GRAD, STORE, RUN >= 0)
+    buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
+    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
+    lanes = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
+    return parameter, component, inside, (own_axes, weights, grads, buffers, lanes, inside, first_step, h)
 
 
 @triton.jit
 def piece(
-    own_axes,
+    source,
     k,
-    weights,
-    grads,
-    buffers,
-    lanes,
-    inside,
-    first_step,
-    h,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -31,7 +70,8 @@ def piece(
     ALIGN: tl.constexpr,
     DIMS_1: tl.constexpr,
 ):
-    """Weight, gradient, buffer (0 at the first step, or without one), and offsets and mask of block k."""
+    """Weight, gradient, buffer (0 at the first step, or without one), and offsets and mask of block k of ``source``."""
+    own_axes, weights, grads, buffers, lanes, inside, first_step, h = source
     element = k * BLOCK + tl.arange(0, BLOCK)
     rw, rg, rm = offsets(own_axes, 1, element, DIMS_1, SAME, RUN, ALIGN)
     mask = inside[:, None] & (element < N)[None, :]

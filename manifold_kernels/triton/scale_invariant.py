@@ -5,30 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from manifold_kernels.triton.addressing import address, offsets
 from manifold_kernels.triton.arithmetic import inverse_root, power_of_two, root
-from manifold_kernels.triton.rows import broken, largest, piece
+from manifold_kernels.triton.rows import broken, largest, piece, place
 from manifold_kernels.triton.tables import (
-    AXES_WIDTH,
     FOUND_INF,
-    GRAD,
-    GROUP_FIRST,
     GROUP_HYPER,
     GROUP_WIDTH,
     GUARD,
     HYPER_WIDTH,
     LR,
     MOMENTUM,
-    MOMENTUM_BUFFER,
-    PARAMETER_WIDTH,
-    STEPS,
-    TILE_AXES,
-    TILE_COUNT,
-    TILE_FIRST,
     TILE_GROUP,
-    TILE_PARAMETER,
     TILE_WIDTH,
-    WEIGHT,
     WEIGHT_DECAY,
 )
 
@@ -89,25 +77,14 @@ def step(
     """One block of rows of one group."""
     BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
     tile = tiles + tl.program_id(0) * TILE_WIDTH
-    parameter = tl.load(tile + TILE_PARAMETER)
     group = groups + tl.load(tile + TILE_GROUP) * GROUP_WIDTH
-    own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
-    tensor = parameters + parameter * PARAMETER_WIDTH
     h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
     if DIVIDED:
         if tl.load(h + FOUND_INF) != 0:
             return
-
-    lane = tl.arange(0, LANES)
-    inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
-    component = tl.load(group + GROUP_FIRST).to(tl.int32) + tl.load(tile + TILE_FIRST).to(tl.int32) + lane
-    if LISTED:
-        component = tl.load(components + component, mask=inside, other=0).to(tl.int32)
-    weights = address(tensor + WEIGHT, STORE, RUN >= 0)
-    grads = address(tensor + GRAD, STORE, RUN >= 0)
-    buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
-    first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
-    at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
+    parameter, _, inside, source = place(
+        tile, group, parameters, axes, components, h, STORE, LISTED, SAME, RUN, ALIGN, DIMS_0, LANES
+    )
 
     # Where something leaves the range in which squares are safe, everything is divided by a power of two.
     bad = tl.zeros((LANES,), tl.int32)
@@ -115,26 +92,7 @@ def step(
     top_g = tl.zeros((LANES,), COMPUTE)
     top_u = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         bad = tl.maximum(bad, tl.maximum(broken(w), tl.maximum(broken(g), broken(u))))
         top_w = tl.maximum(top_w, largest(w))
         top_g = tl.maximum(top_g, largest(g))
@@ -143,26 +101,7 @@ def step(
     c_g, inverse_g = power_of_two(top_g)
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         q = w * inverse_w[:, None]
         square += tl.sum(q * q, 1)
 
@@ -183,26 +122,7 @@ def step(
 
     square = tl.zeros((LANES,), COMPUTE)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         w, u, stored = moved(
             w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
         )
@@ -213,57 +133,19 @@ def step(
     guarded = root(square).to(tl.float64) * wide_size > tl.load(h + GUARD)
     back = tl.where(guarded, inverse_root(square), size)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         w, u, stored = moved(
             w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
         )
         bad = tl.maximum(bad, broken((w * back[:, None]).to(STORE).to(COMPUTE)))
     ok = inside & (bad == 0)
     for k in range(BLOCKS):
-        w, g, u, ow, om, mask = piece(
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            inside,
-            first_step,
-            h,
-            N,
-            BLOCK,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
-        )
+        w, g, u, ow, om, mask = piece(source, k, N, BLOCK, COMPUTE, BUFFERED, DIVIDED, SAME, RUN, ALIGN, DIMS_1)
         w, u, stored = moved(
             w, g, u, push, inverse_g, carry.to(COMPUTE), keep, size, inverse_size, STORE, COMPUTE, BUFFERED
         )
-        tl.store(weights + ow, (w * back[:, None]).to(STORE), mask=mask & ok[:, None])
+        tl.store(source[1] + ow, (w * back[:, None]).to(STORE), mask=mask & ok[:, None])
         if BUFFERED:
-            tl.store(buffers + om, (u * back[:, None]).to(STORE), mask=mask & ok[:, None])
+            tl.store(source[3] + om, (u * back[:, None]).to(STORE), mask=mask & ok[:, None])
     left = tl.sum((inside & (~ok)).to(tl.int32), 0)
     tl.atomic_add(nonfinite + parameter, left.to(tl.int64), mask=left > 0)

@@ -50,17 +50,8 @@ def spread(lanes, columns, elements):
 
 @triton.jit
 def piece(
-    at,
-    own_axes,
+    source,
     k,
-    weights,
-    grads,
-    buffers,
-    lanes,
-    columns,
-    inside,
-    h,
-    first_step,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     STORE: tl.constexpr,
@@ -73,7 +64,8 @@ def piece(
     ALIGN: tl.constexpr,
     DIMS_1: tl.constexpr,
 ):
-    """Weight, gradient, new momentum (or the gradient) in storage type, and offsets and mask of block k."""
+    """Weight, gradient, new momentum (or the gradient) in storage type, offsets and mask of block k of ``source``."""
+    own_axes, weights, grads, buffers, lanes, columns, inside, h, first_step = source
     element = k * BLOCK + tl.arange(0, BLOCK)
     rw, rg, rm = offsets(own_axes, 1, element, DIMS_1, SAME, RUN, ALIGN)
     mask = inside[:, :, None] & (element < N)[None, None, :]
@@ -187,33 +179,13 @@ def step(
     first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     at_lane = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
     at_column = offsets(own_axes, 2, column, DIMS_2, SAME, RUN, ALIGN)
+    source = own_axes, weights, grads, buffers, at_lane, at_column, inside_columns, h, first_step
 
     top = tl.zeros((LANES,), COMPUTE)
     bad = tl.zeros((LANES,), tl.int32)
     for k in range(BLOCKS):
         w, g, m, ow, om, mask = piece(
-            tile,
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            at_column,
-            inside_columns,
-            h,
-            first_step,
-            N,
-            BLOCK,
-            STORE,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            DECAY,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
+            source, k, N, BLOCK, STORE, COMPUTE, BUFFERED, DIVIDED, DECAY, SAME, RUN, ALIGN, DIMS_1
         )
         unbroken = finite(w) & finite(g) & finite(m.to(COMPUTE))
         bad = tl.maximum(bad, worst((~unbroken).to(tl.int32)))
@@ -230,56 +202,14 @@ def step(
     if not FLAT:
         for k in range(BLOCKS):
             w, g, m, ow, om, mask = piece(
-                tile,
-                own_axes,
-                k,
-                weights,
-                grads,
-                buffers,
-                at_lane,
-                at_column,
-                inside_columns,
-                h,
-                first_step,
-                N,
-                BLOCK,
-                STORE,
-                COMPUTE,
-                BUFFERED,
-                DIVIDED,
-                DECAY,
-                SAME,
-                RUN,
-                ALIGN,
-                DIMS_1,
+                source, k, N, BLOCK, STORE, COMPUTE, BUFFERED, DIVIDED, DECAY, SAME, RUN, ALIGN, DIMS_1
             )
             q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
             along += tl.sum(q * d, 2)
     squares = tl.zeros((LANES, COLUMNS), COMPUTE)
     for k in range(BLOCKS):
         w, g, m, ow, om, mask = piece(
-            tile,
-            own_axes,
-            k,
-            weights,
-            grads,
-            buffers,
-            at_lane,
-            at_column,
-            inside_columns,
-            h,
-            first_step,
-            N,
-            BLOCK,
-            STORE,
-            COMPUTE,
-            BUFFERED,
-            DIVIDED,
-            DECAY,
-            SAME,
-            RUN,
-            ALIGN,
-            DIMS_1,
+            source, k, N, BLOCK, STORE, COMPUTE, BUFFERED, DIVIDED, DECAY, SAME, RUN, ALIGN, DIMS_1
         )
         q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
         xi = tl.fma(-along[:, :, None], q, d)
@@ -308,28 +238,7 @@ def step(
         bad = tl.zeros((LANES,), tl.int32)
         for k in range(BLOCKS):
             w, g, m, ow, om, mask = piece(
-                tile,
-                own_axes,
-                k,
-                weights,
-                grads,
-                buffers,
-                at_lane,
-                at_column,
-                inside_columns,
-                h,
-                first_step,
-                N,
-                BLOCK,
-                STORE,
-                COMPUTE,
-                BUFFERED,
-                DIVIDED,
-                DECAY,
-                SAME,
-                RUN,
-                ALIGN,
-                DIMS_1,
+                source, k, N, BLOCK, STORE, COMPUTE, BUFFERED, DIVIDED, DECAY, SAME, RUN, ALIGN, DIMS_1
             )
             q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
             y = tl.fma(b[:, :, None], tl.fma(-along[:, :, None], q, d), a[:, :, None] * q)
@@ -345,28 +254,7 @@ def step(
             size = size * inverse_root(lengths)
         for k in range(BLOCKS):
             w, g, m, ow, om, mask = piece(
-                tile,
-                own_axes,
-                k,
-                weights,
-                grads,
-                buffers,
-                at_lane,
-                at_column,
-                inside_columns,
-                h,
-                first_step,
-                N,
-                BLOCK,
-                STORE,
-                COMPUTE,
-                BUFFERED,
-                DIVIDED,
-                DECAY,
-                SAME,
-                RUN,
-                ALIGN,
-                DIMS_1,
+                source, k, N, BLOCK, STORE, COMPUTE, BUFFERED, DIVIDED, DECAY, SAME, RUN, ALIGN, DIMS_1
             )
             q, d = point_and_direction(w, g, m, ok, unit, inverse_c, h, COMPUTE, BUFFERED, NESTEROV)
             y = tl.fma(b[:, :, None], tl.fma(-along[:, :, None], q, d), a[:, :, None] * q)
