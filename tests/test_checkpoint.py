@@ -98,6 +98,21 @@ def test_rebinding_masters() -> None:
         )
 
 
+def test_rebinding_to_other_weights_makes_masters_of_them() -> None:
+    model, start = network(torch.bfloat16), network(torch.bfloat16)
+    param_groups(start, "stiefel")  # moves its weights
+    optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.5, master_weights=True)
+    train(model, optimizer, range(2))
+    model.load_state_dict(start.state_dict(), assign=True)
+    optimizer.rebind(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(2, 3))
+    for parameter, other in zip(model.parameters(), start.parameters(), strict=True):
+        # Nearest points in float32 are within a rounding of the weights, eps/2 of 1, and so are their roundings.
+        assert torch.allclose(parameter, other, rtol=0, atol=torch.finfo(torch.bfloat16).eps)
+
+
 @pytest.mark.parametrize("masters", [False, True])
 def test_memory_that_is_replaced_below_a_parameter(masters: bool) -> None:
     """``model.to(...)`` puts new memory into the same parameters; steps go there."""

@@ -202,6 +202,18 @@ def test_parameters_whose_elements_are_not_dense(backend: str) -> None:
     assert_same_bits(ours, theirs)
 
 
+def test_a_learning_rate_of_zero_leaves_weights_to_the_bit(backend: str) -> None:
+    """A retraction of nothing would still round; momentum goes on."""
+    weight = nn.Parameter(torch.linalg.qr(torch.randn(50, 3, 3))[0].unsqueeze(0).contiguous())
+    before = weight.detach().clone()
+    optimizer = FGSGD([weight], lr=0.0, momentum=0.9, manifold="stiefel", backend=backend)
+    for number in range(2):
+        weight.grad = torch.full_like(weight, 1.0 + number)
+        optimizer.step()
+    assert torch.equal(weight, before)
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.full_like(weight, 0.9 + 2.0))
+
+
 def test_closure(backend: str) -> None:
     weight = nn.Parameter(torch.tensor([3.0, -1.0]))
     optimizer = FGSGD([weight], lr=0.5, backend=backend)

@@ -26,12 +26,12 @@ def opened(tensor: Tensor, gathered: bool) -> Iterator[Tensor]:
     if not gathered:
         yield local(tensor)
         return
-    put_together = whole(tensor)
+    put_together = assembled(tensor)
     yield put_together
     _keep(put_together, local(tensor), tensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def assembled(tensor: Tensor) -> Tensor:
     """All of ``tensor``, a copy. All ranks have to come here."""
     ((put_together,),) = _together([[local(tensor)]], [tensor])
     return put_together

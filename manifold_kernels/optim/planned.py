@@ -215,7 +215,7 @@ class Planned(torch.optim.Optimizer):
         weights, gathered = [operands.local(each) for each in held], self._gathered()
         for position in gathered:
             if position >= first:
-                weights[position] = gathering.whole(held[position])
+                weights[position] = gathering.assembled(held[position])
         return weights
 
     def _device(self) -> torch.device:
