@@ -13,15 +13,10 @@ from manifold_kernels.triton.tables import (
     CLIP,
     EPS,
     FOUND_INF,
-    GROUP_HYPER,
-    GROUP_WIDTH,
-    HYPER_WIDTH,
     LR,
     MOMENTUM,
     PARAMETER_WIDTH,
     STEPS,
-    TILE_GROUP,
-    TILE_WIDTH,
     VARIANCE,
 )
 
@@ -65,15 +60,12 @@ def step(
 ):
     """One block of rows of one group."""
     BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    tile = tiles + tl.program_id(0) * TILE_WIDTH
-    group = groups + tl.load(tile + TILE_GROUP) * GROUP_WIDTH
-    h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    parameter, component, inside, h, source = place(
+        tiles, parameters, axes, groups, components, hyper, STORE, LISTED, SAME, RUN, ALIGN, DIMS_0, LANES
+    )
     if DIVIDED:
         if tl.load(h + FOUND_INF) != 0:
             return
-    parameter, component, inside, source = place(
-        tile, group, parameters, axes, components, h, STORE, LISTED, SAME, RUN, ALIGN, DIMS_0, LANES
-    )
 
     bad = tl.zeros((LANES,), tl.int32)
     top_w = tl.zeros((LANES,), COMPUTE)

@@ -421,7 +421,7 @@ def _matrices(of: Member, axes: Axes, n: int, p: int, retraction: str, size: int
         "ROWS": power_above(n),
         "COLUMNS": power_above(p),
     }
-    warps = min(max(per_tile * size // (512 if retraction in ("cayley", "exp") else 1024), 1), 16)
+    warps = min(max(per_tile * size // 1024, 1), 16)
     return _Piece(Kernel(matrices.step, tuple(constants.items()), warps), axes, of.at["count"], per_tile)
 
 

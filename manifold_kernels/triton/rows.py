@@ -12,25 +12,30 @@ from manifold_kernels.triton.tables import (
     DIVISOR,
     GRAD,
     GROUP_FIRST,
+    GROUP_HYPER,
+    GROUP_WIDTH,
+    HYPER_WIDTH,
     MOMENTUM_BUFFER,
     PARAMETER_WIDTH,
     STEPS,
     TILE_AXES,
     TILE_COUNT,
     TILE_FIRST,
+    TILE_GROUP,
     TILE_PARAMETER,
+    TILE_WIDTH,
     WEIGHT,
 )
 
 
 @triton.jit
 def place(
-    tile,
-    group,
+    tiles,
     parameters,
     axes,
+    groups,
     components,
-    h,
+    hyper,
     STORE: tl.constexpr,
     LISTED: tl.constexpr,
     SAME: tl.constexpr,
@@ -39,10 +44,13 @@ def place(
     DIMS_0: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A tile's parameter, its rows, which of them there are, and where :func:`piece` reads them."""
+    """This program's parameter, its rows, which of them there are, hyper-parameters, and where :func:`piece` reads."""
+    tile = tiles + tl.program_id(0) * TILE_WIDTH
     parameter = tl.load(tile + TILE_PARAMETER)
+    group = groups + tl.load(tile + TILE_GROUP) * GROUP_WIDTH
     own_axes = axes + tl.load(tile + TILE_AXES) * AXES_WIDTH
     tensor = parameters + parameter * PARAMETER_WIDTH
+    h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
     lane = tl.arange(0, LANES)
     inside = lane < tl.load(tile + TILE_COUNT).to(tl.int32)
     component = tl.load(group + GROUP_FIRST).to(tl.int32) + tl.load(tile + TILE_FIRST).to(tl.int32) + lane
@@ -53,7 +61,7 @@ def place(
     buffers = address(tensor + MOMENTUM_BUFFER, STORE, RUN >= 0)
     first_step = tl.load(address(tensor + STEPS, tl.int64, False)) == 0
     lanes = offsets(own_axes, 0, component, DIMS_0, SAME, RUN, ALIGN)
-    return parameter, component, inside, (own_axes, weights, grads, buffers, lanes, inside, first_step, h)
+    return parameter, component, inside, h, (own_axes, weights, grads, buffers, lanes, inside, first_step, h)
 
 
 @triton.jit

@@ -9,14 +9,9 @@ from manifold_kernels.triton.arithmetic import inverse_root, power_of_two, root
 from manifold_kernels.triton.rows import broken, largest, piece, place
 from manifold_kernels.triton.tables import (
     FOUND_INF,
-    GROUP_HYPER,
-    GROUP_WIDTH,
     GUARD,
-    HYPER_WIDTH,
     LR,
     MOMENTUM,
-    TILE_GROUP,
-    TILE_WIDTH,
     WEIGHT_DECAY,
 )
 
@@ -76,15 +71,12 @@ def step(
 ):
     """One block of rows of one group."""
     BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    tile = tiles + tl.program_id(0) * TILE_WIDTH
-    group = groups + tl.load(tile + TILE_GROUP) * GROUP_WIDTH
-    h = hyper + tl.load(group + GROUP_HYPER) * HYPER_WIDTH
+    parameter, _, inside, h, source = place(
+        tiles, parameters, axes, groups, components, hyper, STORE, LISTED, SAME, RUN, ALIGN, DIMS_0, LANES
+    )
     if DIVIDED:
         if tl.load(h + FOUND_INF) != 0:
             return
-    parameter, _, inside, source = place(
-        tile, group, parameters, axes, components, h, STORE, LISTED, SAME, RUN, ALIGN, DIMS_0, LANES
-    )
 
     # Where something leaves the range in which squares are safe, everything is divided by a power of two.
     bad = tl.zeros((LANES,), tl.int32)
