@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(small_threads(N* P), small_blocks<float, Map>(
 }
 
 #define MK_ROUTE(N, P, ...) template __global__ void route<__VA_ARGS__, N, P, Pass::step>(Tables, Retraction);
-#define MK_SQUARE(N)                       \
-  MK_ROUTE(N, N, SphereMap<false>)         \
-  MK_ROUTE(N, N, ObliqueMap<false>)        \
+#define MK_SQUARE(N)                \
+  MK_ROUTE(N, N, SphereMap<false>)  \
+  MK_ROUTE(N, N, ObliqueMap<false>) \
   MK_ROUTE(N, N, StiefelMap<Retraction::qr>)
 MK_SQUARE(2)
 MK_SQUARE(3)
