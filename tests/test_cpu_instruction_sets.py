@@ -39,6 +39,7 @@ def step_the_grid() -> int:
             ((3, 7, 2, 3), "kernel"),
             ((3, 6, 4, 4), "kernel"),
             ((2, 3, 17, 17), "kernel"),
+            ((1, 1200, 1, 2), "kernel"),  # more blocks of two numbers than a tile may have
         ]
         if option == "qr":
             shapes += [

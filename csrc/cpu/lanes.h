@@ -48,8 +48,9 @@ class Lanes {
   // of them would not fit into the first-level cache.
   static constexpr int lag = is_fixed && Size::capacity <= 32 ? 1 : 0;
   static constexpr int kept_blocks = lag ? 4 : 1;  // enough from the first stage to the last, and a power of two
-  static constexpr int longest = 64;               // blocks of a tile in place
-  static constexpr int group_blocks = is_fixed ? Memory::size / (Size::capacity * N) : 0;  // of a group in one tile
+  static constexpr int longest = 64;               // blocks of a tile
+  static constexpr int fitting = Memory::size / (Size::capacity * N);
+  static constexpr int group_blocks = !is_fixed ? 0 : fitting < longest ? fitting : longest;  // of a group in one tile
 
   // What the stages hand on.
   struct Kept {
@@ -139,6 +140,11 @@ class Lanes {
   }
   bool is_ordinary(const Pass& pass) const {
     return steady && uniform && pass.kind == Pass::whole && !job.norms && step_size.is_flat();
+  }
+
+  static int width_of(int elements) {
+    const int fit = tile_elements / (elements * N), blocks = fit < longest ? fit : longest;
+    return (blocks > 1 ? blocks : 1) * N;
   }
 
   // Calls f with the Place of a tile.
@@ -494,7 +500,7 @@ class Lanes {
   Lanes(const Job& job, Size size)
       : job(job),
         size(size),
-        width(tile_elements > elements() * N ? tile_elements / (elements() * N) * N : N),
+        width(width_of(elements())),
         momentum(momentum_of<R>(job)),
         step_size(step_size_of<R>(job)),
         native(job.storage == storage_of<S>),
