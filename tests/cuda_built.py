@@ -9,12 +9,16 @@ from pathlib import Path
 import ninja
 import torch
 
-from manifold_kernels import info, ops
+from manifold_kernels import (
+    decompositions,  # noqa: F401, which defines the operators beside step_
+    info,
+    ops,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Operators with kernels for both devices.
-OPERATORS = ("step_",)
+OPERATORS = ("step_", "qr", "qf", "polar")
 #: CUDA libraries whose headers no source needs; torch's own headers pull them in where too many of those are included.
 UNNEEDED = re.compile(r"\S*/(?:cusparse|cusolver[A-Z]?\w*|cublas[A-Z]?\w*|cufft\w*|cudnn(?:_v\d+)?)\.h\b")
 
