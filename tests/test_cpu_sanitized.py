@@ -94,7 +94,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=everything, capture_output=True, text=True)
 
 
-def tests(chosen: str, *files: str) -> list[str]:
+def selected(chosen: str, *files: str) -> list[str]:
     return [
         "-m",
         "pytest",
@@ -122,7 +122,7 @@ def test_steps_under_sanitizers(tmp_path: Path) -> None:
     seeded = run(tmp_path, "-c", FREED, **options)
     assert "ERROR: AddressSanitizer" in seeded.stderr, seeded.stdout + seeded.stderr[-4000:]
     # Profilers and processor times are not what this is about.
-    chosen = tests("not allocates_nothing and not share_a_step", "test_cpu_kernels.py", "test_cpu_contract.py")
+    chosen = selected("not allocates_nothing and not share_a_step", "test_cpu_kernels.py", "test_cpu_contract.py")
     done = run(tmp_path, *chosen, **options)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
@@ -151,6 +151,8 @@ def test_threads_under_sanitizers(tmp_path: Path) -> None:
         for each in tmp_path.glob("said.*"):
             each.unlink()
     chosen = "number_of_threads or os_threads or optimizers_in_threads or same_bits_anywhere"
-    done = run(tmp_path, *tests(chosen, "test_cpu_contract.py", "test_contract.py", "test_functional_qr.py"), **options)
+    done = run(
+        tmp_path, *selected(chosen, "test_cpu_contract.py", "test_contract.py", "test_functional_qr.py"), **options
+    )
     reports = [each.read_text() for each in tmp_path.glob("said.*")]
     assert done.returncode == 0 and not reports, done.stdout[-6000:] + "".join(reports)[-6000:]
