@@ -24,9 +24,9 @@ template <Retraction retraction>
 constexpr bool is_by_qr<StiefelMap<retraction>> = retraction == Retraction::qr;
 template <class R, class Map>
 constexpr int small_blocks(int elements, Pass pass) {
-  // 4 x 2 takes more rotations than 3 x 3 and would spill, and so would the norms of 3 x 2 for sm_100.
-  const bool tight = elements == 8 || (elements == 6 && pass == Pass::measure);
-  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) return tight ? 7 : 8;
+  // 4 x 2 takes more rotations than 3 x 3 and would spill, and so would the norms of 3 x 2 on a B200.
+  const int room = elements == 6 && pass == Pass::measure ? 6 : elements == 8 ? 7 : 8;
+  if (sizeof(R) == 4 && elements <= 9 && is_by_qr<Map>) return room;
   return pass == Pass::step && elements >= 56 ? 0 : 1;
 }
 
