@@ -1,9 +1,8 @@
 // Between N matrices of E elements, one after the other in memory, and E registers with one lane a matrix.
 //
-// Floats go eight elements at a time through 8 x 8 transpositions in registers (three shuffles an element of the matrix
-// and register); all odd squares leave one element over, which is collected by itself. Measured against masked blends
-// of whole registers with one permutation a row: those need a constant mask for every blend, which costs more than the
-// blend.
+// With AVX-512, floats of odd matrices of a known size are rotated in registers (Rotation16). Others go eight elements
+// at a time through 8 x 8 transpositions, three shuffles an element of the matrix and register, and the rest one by
+// one.
 #pragma once
 
 #include <type_traits>
