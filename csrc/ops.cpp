@@ -130,7 +130,7 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   if (overflow && *overflow != 0) return;
 
   int64_t* skipped = nonfinite.data_ptr<int64_t>();
-  const std::vector<int64_t> left = run(jobs);
+  const std::vector<int64_t> left = run(jobs, {groups, components});
   for (size_t j = 0; j < jobs.size(); j++) skipped[job_parameter[j]] += left[j];
   for (size_t j = 0; j < library_jobs.size(); j++) {
     const int64_t i = library_parameter[j];

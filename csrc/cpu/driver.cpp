@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "cpu/collections.h"
 #include "cpu/job_rules.h"
 
 namespace mk {
@@ -153,14 +154,16 @@ bool has_kernel(const Job& job) {
   return job.manifold != ManifoldCode::stiefel || job.geometry->elements() <= lane_elements || is_made_of_products(job);
 }
 
-std::vector<int64_t> run(const std::vector<Job>& jobs) {
+std::vector<int64_t> run(const std::vector<Job>& jobs, const PlanTensors& plan) {
   const Kernels& k = kernels();
   std::vector<Work> work(jobs.size());
   std::vector<Task> tasks, second_tasks;
   tasks.reserve(jobs.size());
   size_t scratch_bytes = 0;
 
-  for (int j = 0; j < int(jobs.size()); j++) {
+  std::vector<int64_t> nonfinite(jobs.size(), 0);
+  const std::vector<int> rest = step_collections(jobs, nonfinite, plan);
+  for (const int j : rest) {
     const Job& job = jobs[j];
     Work& w = work[j];
     w.engine = engine_of(job);
@@ -251,11 +254,9 @@ std::vector<int64_t> run(const std::vector<Job>& jobs) {
     w.square += partials[i].square;
     w.nonfinite += partials[i].nonfinite;
   }
-  std::vector<int64_t> nonfinite;
-  nonfinite.reserve(jobs.size());
-  for (size_t j = 0; j < jobs.size(); j++) {
+  for (const int j : rest) {
     if (is_shared(jobs[j]) && !work[j].settled) settle(jobs[j], work[j]);
-    nonfinite.push_back(work[j].nonfinite);
+    nonfinite[j] = work[j].nonfinite;
   }
   in_parallel(second_tasks, scratch_bytes,
               [&](const Task& t, size_t, Team team, char* scratch) { second(t, team, scratch); });

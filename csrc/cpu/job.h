@@ -108,6 +108,8 @@ struct Team {
   void (*run)(int size, void (*f)(const void* context, int piece), const void* context);
 };
 
+struct Collection;
+
 struct Kernels {
   // Euclidean components [begin, end), or elements [begin, end) of a single dense one (in_pieces): the whole step, or
   // first the sum of squares of the direction, which writes no state, then the step with lr / tau. skipped: one byte
@@ -135,6 +137,12 @@ struct Kernels {
                          void* scratch);
   void (*matrices_second)(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept,
                           Team, void* scratch);
+  // Collections of 3 x 3 kernels (collection.h). How many kernels a block has, and the place of one of them; momentum
+  // and squares of a chunk; the weights of blocks [begin, end).
+  int collection_lanes;
+  int64_t (*collection_place)(int64_t kernel);
+  void (*collection_first)(const Collection&, int64_t chunk);
+  void (*collection_second)(const Collection&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_baseline;

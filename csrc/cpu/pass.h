@@ -28,6 +28,11 @@ void matrices_first(const Job&, int64_t begin, int64_t end, Partial*, uint8_t* s
 void matrices_second(const Job&, int64_t begin, int64_t end, double step, const uint8_t* states, const void* kept, Team,
                      void* scratch);
 
+// The compilation of isa/lanes_collection.cpp; see Kernels.
+int64_t collection_place(int64_t kernel);
+void collection_first(const Collection&, int64_t chunk);
+void collection_second(const Collection&, int64_t begin, int64_t end);
+
 // One component, see alone.h: whether all of it is finite, and its step in the next wider type.
 bool is_finite(const Job&, int64_t k);
 double run_alone(const Job&, int64_t k, const double* step);

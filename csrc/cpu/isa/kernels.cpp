@@ -60,10 +60,11 @@ void vectors_second(const Job& job, int64_t begin, int64_t end, double step, con
 #define MK_TABLE_NAME(isa) kernels_##isa
 #define MK_TABLE(isa) MK_TABLE_NAME(isa)
 extern const Kernels MK_TABLE(MK_ISA);
-const Kernels MK_TABLE(MK_ISA) = {MK_ISA::elements_whole, MK_ISA::elements_first, MK_ISA::elements_second,
-                                  MK_ISA::lanes_whole,    MK_ISA::lanes_first,    MK_ISA::lanes_second,
-                                  MK_ISA::lanes_group,    MK_ISA::vectors_whole,  MK_ISA::vectors_first,
-                                  MK_ISA::vectors_second, MK_ISA::matrices_whole, MK_ISA::matrices_first,
-                                  MK_ISA::matrices_second};
+const Kernels MK_TABLE(MK_ISA) = {MK_ISA::elements_whole,   MK_ISA::elements_first,     MK_ISA::elements_second,
+                                  MK_ISA::lanes_whole,      MK_ISA::lanes_first,        MK_ISA::lanes_second,
+                                  MK_ISA::lanes_group,      MK_ISA::vectors_whole,      MK_ISA::vectors_first,
+                                  MK_ISA::vectors_second,   MK_ISA::matrices_whole,     MK_ISA::matrices_first,
+                                  MK_ISA::matrices_second,  MK_ISA::Pack<float>::lanes, MK_ISA::collection_place,
+                                  MK_ISA::collection_first, MK_ISA::collection_second};
 
 }  // namespace mk

@@ -1,0 +1,244 @@
+// Collections of 3 x 3 kernels: two sweeps over a weight in its own order, in which every block goes by the formulas of
+// all its manifolds and each lane takes what its own gives. Groups are drawn at random, and a kernel fetched from where
+// its group has it costs two cache lines and a wait; arithmetic is cheaper.
+#include "cpu/collection.h"
+#include "cpu/job_rules.h"
+#include "cpu/maps.h"
+#include "cpu/pass.h"
+#include "cpu/storage.h"
+#include "cpu/transpose.h"
+#include "manifolds/turn.h"
+
+namespace mk {
+namespace MK_ISA {
+namespace {
+
+using R = float;
+using T = Pack<R>;
+using Size = Fixed<3, 3>;
+constexpr int N = T::lanes, E = Size::capacity, P = Size::p;
+constexpr Size size;
+
+// Where kernel c is, counted in lanes.
+MK_FN int64_t place(int64_t c) {
+  const int inside = int(c % N);
+  return c - inside + (rotates<R, Size> ? inside * E % N : inside);
+}
+
+MK_FN Pack<R> numbers_of(const int32_t* p) {
+#if defined(__AVX512F__)
+  return T(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(p)));
+#else
+  T x;
+  for (int l = 0; l < N; l++) x.v[l] = R(p[l]);
+  return x;
+#endif
+}
+
+MK_FN T look_up(const R* table, const int32_t* index) {
+#if defined(__AVX512F__)
+  return T(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, _mm512_loadu_si512(index), table, 4));
+#else
+  R x[N];
+  for (int l = 0; l < N; l++) x[l] = table[index[l]];
+  return T::load(x);
+#endif
+}
+
+class Sweep {
+  const Collection& all;
+  const Job& job;  // all jobs agree in what is taken from this one
+  const Momentum<R> momentum;
+  const bool ordinary;  // a buffer from the steps before, and gradients as they are
+  const bool has_sphere, has_oblique, has_stiefel;
+  const T sphere_scale, oblique_scale, stiefel_scale, sphere_inverse, oblique_inverse, stiefel_inverse;
+
+  struct Kinds {
+    Mask<R> euclidean, sphere, oblique, stiefel;
+  };
+  MK_FN Kinds kinds_at(int64_t l) const {
+    const T number = numbers_of(all.group + l);
+    const auto up_to = [&](ManifoldCode m) { return number < T(R(all.end[int(m)])); };
+    const auto a = up_to(ManifoldCode::euclidean), b = up_to(ManifoldCode::sphere), c = up_to(ManifoldCode::oblique);
+    return {a, b & !a, c & !b, !c};
+  }
+  bool has(ManifoldCode m) const { return all.end[int(m)] > all.end[int(m) - 1]; }
+  T scale(ManifoldCode m) const { return T(R(all.scale[int(m)])); }
+  T inverse(ManifoldCode m) const { return T(R(1)) / scale(m); }
+
+  // xi = d - c w, c = <q, d>/s column by column, over whole kernels or none.
+  MK_FN void project(const T* w, const T* d, const Kinds& kinds, T* xi) const {
+    T c[P];
+    for (int j = 0; j < P; j++) c[j] = inner(w + j, d + j, Size::n, P);
+    const T whole = (c[0] + c[1] + c[2]) * (sphere_inverse * sphere_inverse);
+    for (int j = 0; j < P; j++) {
+      const T column = select(kinds.oblique, c[j] * (oblique_inverse * oblique_inverse), T(R(0)));
+      const T factor = select(kinds.sphere, whole, column);
+      for (int i = 0; i < Size::n; i++) xi[i * P + j] = sphere::rgrad(w[i * P + j], d[i * P + j], factor);
+    }
+  }
+
+  // Directions of a block, and its new momentum in `m`.
+  MK_FN void form(const R* w, const R* g, const R* m, int64_t l, T* d) const {
+    if (ordinary) {
+      const T mu = T(momentum.momentum);
+      for (int i = 0; i < E; i++) d[i] = load(g + i * N) + load(m + i * N) * mu;
+    } else {
+      form_any(w, g, m, l, d);
+    }
+  }
+  __attribute__((noinline)) void form_any(const R* w, const R* g, const R* m, int64_t l, T* d) const {
+    Momentum<R> decaying = momentum;
+    const T decay = select(kinds_at(l).euclidean, T(R(job.hyper.weight_decay)), T(R(0)));
+    decaying.weight_decay = R(0);
+    for (int i = 0; i < E; i++) {
+      T gradient = decaying.gradient(T(R(0)), load(g + i * N));
+      if (job.hyper.weight_decay != 0) gradient = fma(load(w + i * N), spread(decay, i, size), gradient);
+      d[i] = momentum.buffered ? momentum.buffer(gradient, momentum.first ? T(R(0)) : load(m + i * N)) : gradient;
+    }
+  }
+
+ public:
+  explicit Sweep(const Collection& all)
+      : all(all),
+        job(*all.job),
+        momentum(momentum_of<R>(job)),
+        ordinary(momentum.buffered && !momentum.first && momentum.plain && momentum.one_minus_dampening == R(1) &&
+                 job.hyper.weight_decay == 0),
+        has_sphere(has(ManifoldCode::sphere)),
+        has_oblique(has(ManifoldCode::oblique)),
+        has_stiefel(has(ManifoldCode::stiefel)),
+        sphere_scale(scale(ManifoldCode::sphere)),
+        oblique_scale(scale(ManifoldCode::oblique)),
+        stiefel_scale(scale(ManifoldCode::stiefel)),
+        sphere_inverse(inverse(ManifoldCode::sphere)),
+        oblique_inverse(inverse(ManifoldCode::oblique)),
+        stiefel_inverse(inverse(ManifoldCode::stiefel)) {}
+
+  // The first sweep over the block at place l: its squares, and its new momentum. False, with no momentum written,
+  // where something is not finite or out of range.
+  MK_FN bool observe(const R* w, const R* g, R* m, int64_t l, double* sums) const {
+    T direction[E], weight[E], d[E], q[E], xi[E];
+    form(w, g, m, l, direction);
+    for (int i = 0; i < E; i++) weight[i] = load(w + i * N);
+    const T finite = inner(direction, weight, E, 1);
+    to_lanes(direction, d, size);
+    to_lanes(weight, q, size);
+    const Kinds kinds = kinds_at(l);
+    project(q, d, kinds, xi);
+    T square = square_norm(xi, E);
+    if (has_stiefel) {
+      T turn[Size::square_capacity];
+      square = select(kinds.stiefel, stiefel::turn(q, d, stiefel_inverse, turn, size), square);
+    }
+    const T largest = T(Limits<R>::huge_square);
+    if (any(!((abs(finite) <= T(Limits<R>::largest)) & (square <= largest) & (square_norm(q, E) <= largest))))
+      return false;
+    if (momentum.buffered)
+      for (int i = 0; i < E; i++) store(m + i * N, direction[i]);
+    R squares[N];
+    square.store(squares);
+    for (int i = 0; i < N; i++) sums[all.group[l + i]] += squares[i];
+    return true;
+  }
+
+  // The second: the retraction. Returns the kernels that keep their weight, for they need more than these formulas:
+  // long turns, and columns that vanish or overflow.
+  MK_FN Mask<R> move(R* w, const R* g, const R* m, int64_t l) const {
+    T in_memory[E], q[E], d[E], y[E];
+    if (momentum.buffered) {
+      for (int i = 0; i < E; i++) in_memory[i] = load(m + i * N);
+    } else {
+      form_any(w, g, m, l, in_memory);
+    }
+    to_lanes(in_memory, d, size);
+    for (int i = 0; i < E; i++) in_memory[i] = load(w + i * N);
+    to_lanes(in_memory, q, size);
+    const Kinds kinds = kinds_at(l);
+    const T length = -look_up(all.step, all.group + l);
+    project(q, d, kinds, y);
+    for (int e = 0; e < E; e++) y[e] = fma(length, y[e], q[e]);
+
+    T columns[P];
+    for (int j = 0; j < P; j++) columns[j] = inner(y + j, y + j, Size::n, P);
+    const T whole = columns[0] + columns[1] + columns[2];
+    for (int j = 0; j < P; j++) {
+      const T square = select(kinds.sphere, whole, columns[j]);
+      const T scale = select(kinds.sphere, sphere_scale, oblique_scale);
+      const T factor = select(kinds.euclidean, T(R(1)), scale * rsqrt(square));
+      for (int i = 0; i < Size::n; i++) y[i * P + j] = y[i * P + j] * factor;
+    }
+    const T least = min(columns[0], min(columns[1], columns[2]));
+    auto good = kinds.euclidean | ((T(Limits<R>::tiny_square) <= select(kinds.sphere, whole, least)) &
+                                   (whole <= T(Limits<R>::huge_square)));
+    if (has_stiefel) {
+      T turn[Size::square_capacity], turned[E];
+      const T square = stiefel::turn(q, d, stiefel_inverse, turn, size);
+      const auto near = stiefel::retract_near(q, turn, length * stiefel_inverse, square, stiefel_scale, turned, size);
+      for (int e = 0; e < E; e++) y[e] = select(kinds.stiefel, turned[e], y[e]);
+      good = (good & !kinds.stiefel) | (near & kinds.stiefel);
+    }
+    for (int e = 0; e < E; e++) y[e] = select(good, y[e], q[e]);
+    from_lanes(y, in_memory, size);
+    for (int i = 0; i < E; i++) store(w + i * N, in_memory[i]);
+    return !good;
+  }
+
+  __attribute__((noinline)) uint32_t bits_of(Mask<R> mask) const {
+    uint32_t bits = 0;
+    for (int l = 0; l < N; l++) bits |= uint32_t(mask.at(l)) << l;
+    return bits;
+  }
+
+  // f(w, g, m, l, left) over the blocks [begin, end) that are not left already. The last one may be a part, and is
+  // copied.
+  template <class F>
+  MK_FN void each(int64_t begin, int64_t end, const F& f) const {
+    R* const w = static_cast<R*>(job.weight);
+    const R* const g = static_cast<const R*>(job.grad);
+    R* const m = static_cast<R*>(job.momentum);
+    const int64_t whole = all.count / N;
+    for (int64_t b = begin; b < end && b < whole; b++)
+      if (!all.left[b]) f(w + b * N * E, g + b * N * E, m ? m + b * N * E : m, b * N, all.left + b);
+    if (end <= whole || all.left[whole]) return;
+    const int64_t start = whole * N * E;
+    const int numbers = int(all.count - whole * N) * E;
+    R copy[3][N * E];
+    for (int i = 0; i < N * E; i++) {
+      const int64_t from = start + (i < numbers ? i : numbers - E + i % E);  // the last kernel, over and over
+      copy[0][i] = w[from];
+      copy[1][i] = g[from];
+      copy[2][i] = m ? m[from] : R(0);
+    }
+    f(copy[0], copy[1], m ? copy[2] : m, whole * N, all.left + whole);
+    for (int i = 0; i < numbers; i++) {
+      w[start + i] = copy[0][i];
+      if (m) m[start + i] = copy[2][i];
+    }
+  }
+
+  void first(int64_t chunk) const {
+    double* const sums = all.square + chunk * all.groups;
+    const int64_t blocks = (all.count + N - 1) / N, begin = chunk * Collection::chunk;
+    each(begin, begin + Collection::chunk < blocks ? begin + Collection::chunk : blocks,
+         [&](R* w, const R* g, R* m, int64_t l, uint32_t* left) {
+           if (!observe(w, g, m, l, sums)) *left = Collection::whole_block;
+         });
+  }
+  void second(int64_t begin, int64_t end) const {
+    each(begin, end, [&](R* w, const R* g, const R* m, int64_t l, uint32_t* left) {
+      const Mask<R> kept = move(w, g, m, l);
+      if (any(kept)) *left = bits_of(kept);
+    });
+  }
+};
+
+}  // namespace
+
+int64_t collection_place(int64_t kernel) { return place(kernel); }
+
+void collection_first(const Collection& all, int64_t chunk) { Sweep(all).first(chunk); }
+void collection_second(const Collection& all, int64_t begin, int64_t end) { Sweep(all).second(begin, end); }
+
+}  // namespace MK_ISA
+}  // namespace mk
