@@ -117,14 +117,13 @@ class Collected {
       skipped.push_back(newly[kernel.k]);
     });
 
+    // In the order of the chunks, whatever thread had them.
+    for (size_t chunk = 1; chunk < size_t(chunks); chunk++)
+      for (size_t group = 0; group < groups; group++) square[group] += square[chunk * groups + group];
     for (int i = 0; i < size; i++) {
       const StepSize<double> step_size = step_size_of<double>(job(i));
-      const size_t first = size_t(numbering->first[i]), end = i + 1 < size ? size_t(numbering->first[i + 1]) : groups - 1;
-      for (size_t group = first; group < end; group++) {
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) sum += square[size_t(chunk) * groups + group];
-        step[group] = float(step_size(sum));
-      }
+      const size_t end = i + 1 < size ? size_t(numbering->first[i + 1]) : groups - 1;
+      for (size_t group = size_t(numbering->first[i]); group < end; group++) step[group] = float(step_size(square[group]));
     }
 
     at::parallel_for(0, blocks, least_blocks,

@@ -115,36 +115,42 @@ class Sweep {
         oblique_inverse(inverse(ManifoldCode::oblique)),
         stiefel_inverse(inverse(ManifoldCode::stiefel)) {}
 
-  // The first sweep over the block at place l: its squares, and its new momentum. False, with no momentum written,
-  // where something is not finite or out of range.
+  // The first sweep over the block at place l: its squares, and its new momentum. False, with nothing written, where
+  // something is not finite or may be out of range.
   MK_FN bool observe(const R* w, const R* g, R* m, int64_t l, double* sums) const {
-    T direction[E], weight[E], d[E], q[E], xi[E];
+    T direction[E], weight[E], d[E], q[E];
     form(w, g, m, l, direction);
     for (int i = 0; i < E; i++) weight[i] = load(w + i * N);
-    const T finite = inner(direction, weight, E, 1);
+    // Sums as the numbers lie, a ninth of a kernel's at least.
+    const T largest = T(Limits<R>::huge_square / E);
+    if (any(!((square_norm(direction, E) <= largest) & (square_norm(weight, E) <= largest)))) return false;
+    if (momentum.buffered)
+      for (int i = 0; i < E; i++) store(m + i * N, direction[i]);
     to_lanes(direction, d, size);
     to_lanes(weight, q, size);
     const Kinds kinds = kinds_at(l);
+    T xi[E];
     project(q, d, kinds, xi);
     T square = square_norm(xi, E);
     if (has_stiefel) {
       T turn[Size::square_capacity];
       square = select(kinds.stiefel, stiefel::turn(q, d, stiefel_inverse, turn, size), square);
     }
-    const T largest = T(Limits<R>::huge_square);
-    if (any(!((abs(finite) <= T(Limits<R>::largest)) & (square <= largest) & (square_norm(q, E) <= largest))))
-      return false;
-    if (momentum.buffered)
-      for (int i = 0; i < E; i++) store(m + i * N, direction[i]);
     R squares[N];
     square.store(squares);
     for (int i = 0; i < N; i++) sums[all.group[l + i]] += squares[i];
     return true;
   }
 
-  // The second: the retraction. Returns the kernels that keep their weight, for they need more than these formulas:
-  // long turns, and columns that vanish or overflow.
-  MK_FN Mask<R> move(R* w, const R* g, const R* m, int64_t l) const {
+  // What the second sweep's first half hands on to the other, a block behind: each is a long chain of dependent operations,
+  // and the two keep each other's waiting times busy.
+  struct Kept {
+    T q[E], y[E], turn[Size::square_capacity];
+    T length;
+  };
+
+  // q, y = q - lr/tau xi, and the turn.
+  MK_FN void prepare(const R* w, const R* g, const R* m, int64_t l, Kept& kept) const {
     T in_memory[E], q[E], d[E], y[E];
     if (momentum.buffered) {
       for (int i = 0; i < E; i++) in_memory[i] = load(m + i * N);
@@ -154,63 +160,73 @@ class Sweep {
     to_lanes(in_memory, d, size);
     for (int i = 0; i < E; i++) in_memory[i] = load(w + i * N);
     to_lanes(in_memory, q, size);
-    const Kinds kinds = kinds_at(l);
     const T length = -look_up(all.step, all.group + l);
-    project(q, d, kinds, y);
-    for (int e = 0; e < E; e++) y[e] = fma(length, y[e], q[e]);
+    if (has_stiefel) stiefel::turn(q, d, stiefel_inverse, kept.turn, size);
+    project(q, d, kinds_at(l), y);
+    for (int e = 0; e < E; e++) kept.y[e] = fma(length, y[e], q[e]);
+    for (int e = 0; e < E; e++) kept.q[e] = q[e];
+    kept.length = length;
+  }
 
+  // The retraction. Returns the kernels that need more than these formulas: long turns, and columns that vanish or
+  // overflow. With any of them nothing is written, or, in the body for that case, the weights of the others.
+  template <bool Keep>
+  MK_FN Mask<R> finish(R* w, int64_t l, const Kept& kept) const {
+    T in_memory[E], q[E], y[E];
+    for (int e = 0; e < E; e++) y[e] = kept.y[e];
+    const Kinds kinds = kinds_at(l);
     T columns[P];
     for (int j = 0; j < P; j++) columns[j] = inner(y + j, y + j, Size::n, P);
     const T whole = columns[0] + columns[1] + columns[2];
-    for (int j = 0; j < P; j++) {
-      const T square = select(kinds.sphere, whole, columns[j]);
-      const T scale = select(kinds.sphere, sphere_scale, oblique_scale);
-      const T factor = select(kinds.euclidean, T(R(1)), scale * rsqrt(square));
-      for (int i = 0; i < Size::n; i++) y[i * P + j] = y[i * P + j] * factor;
-    }
     const T least = min(columns[0], min(columns[1], columns[2]));
     auto good = kinds.euclidean | ((T(Limits<R>::tiny_square) <= select(kinds.sphere, whole, least)) &
                                    (whole <= T(Limits<R>::huge_square)));
+    const T scale = select(kinds.sphere, sphere_scale, oblique_scale);
+    for (int j = 0; j < P; j++) {
+      const T square = select(kinds.sphere, whole, columns[j]);
+      const T factor = select(kinds.euclidean, T(R(1)), scale * rsqrt(square));
+      for (int i = 0; i < Size::n; i++) y[i * P + j] = y[i * P + j] * factor;
+    }
     if (has_stiefel) {
-      T turn[Size::square_capacity], turned[E];
-      const T square = stiefel::turn(q, d, stiefel_inverse, turn, size);
-      const auto near = stiefel::retract_near(q, turn, length * stiefel_inverse, square, stiefel_scale, turned, size);
+      T turned[E];
+      for (int e = 0; e < E; e++) q[e] = kept.q[e];
+      const T* const A = kept.turn;
+      const T square = fma(A[0], A[0], fma(A[1], A[1], A[2] * A[2])) * T(R(2));
+      const auto near = stiefel::retract_near(q, A, kept.length * stiefel_inverse, square, stiefel_scale, turned, size);
       for (int e = 0; e < E; e++) y[e] = select(kinds.stiefel, turned[e], y[e]);
       good = (good & !kinds.stiefel) | (near & kinds.stiefel);
     }
-    for (int e = 0; e < E; e++) y[e] = select(good, y[e], q[e]);
+    if (Keep) {
+      for (int e = 0; e < E; e++) y[e] = select(good, y[e], kept.q[e]);
+    } else if (any(!good)) {
+      return !good;
+    }
     from_lanes(y, in_memory, size);
     for (int i = 0; i < E; i++) store(w + i * N, in_memory[i]);
     return !good;
   }
-
-  __attribute__((noinline)) uint32_t bits_of(Mask<R> mask) const {
+  __attribute__((noinline)) uint32_t finish_rest(R* w, int64_t l, const Kept& kept) const {
+    const Mask<R> left = finish<true>(w, l, kept);
     uint32_t bits = 0;
-    for (int l = 0; l < N; l++) bits |= uint32_t(mask.at(l)) << l;
+    for (int i = 0; i < N; i++) bits |= uint32_t(left.at(i)) << i;
     return bits;
   }
 
-  // f(w, g, m, l, left) over the blocks [begin, end) that are not left already. The last one may be a part, and is
-  // copied.
+  // f(w, g, m): the last block, where it is a part of one, in a copy.
   template <class F>
-  MK_FN void each(int64_t begin, int64_t end, const F& f) const {
+  MK_FN void in_copy(const F& f) const {
     R* const w = static_cast<R*>(job.weight);
-    const R* const g = static_cast<const R*>(job.grad);
     R* const m = static_cast<R*>(job.momentum);
-    const int64_t whole = all.count / N;
-    for (int64_t b = begin; b < end && b < whole; b++)
-      if (!all.left[b]) f(w + b * N * E, g + b * N * E, m ? m + b * N * E : m, b * N, all.left + b);
-    if (end <= whole || all.left[whole]) return;
-    const int64_t start = whole * N * E;
-    const int numbers = int(all.count - whole * N) * E;
+    const int64_t start = all.count / N * N * E;
+    const int numbers = int(all.count % N) * E;
     R copy[3][N * E];
     for (int i = 0; i < N * E; i++) {
       const int64_t from = start + (i < numbers ? i : numbers - E + i % E);  // the last kernel, over and over
       copy[0][i] = w[from];
-      copy[1][i] = g[from];
+      copy[1][i] = static_cast<const R*>(job.grad)[from];
       copy[2][i] = m ? m[from] : R(0);
     }
-    f(copy[0], copy[1], m ? copy[2] : m, whole * N, all.left + whole);
+    f(copy[0], copy[1], copy[2]);
     for (int i = 0; i < numbers; i++) {
       w[start + i] = copy[0][i];
       if (m) m[start + i] = copy[2][i];
@@ -219,17 +235,37 @@ class Sweep {
 
   void first(int64_t chunk) const {
     double* const sums = all.square + chunk * all.groups;
-    const int64_t blocks = (all.count + N - 1) / N, begin = chunk * Collection::chunk;
-    each(begin, begin + Collection::chunk < blocks ? begin + Collection::chunk : blocks,
-         [&](R* w, const R* g, R* m, int64_t l, uint32_t* left) {
-           if (!observe(w, g, m, l, sums)) *left = Collection::whole_block;
-         });
+    R* const w = static_cast<R*>(job.weight);
+    const R* const g = static_cast<const R*>(job.grad);
+    R* const m = static_cast<R*>(job.momentum);
+    const int64_t whole = all.count / N, begin = chunk * Collection::chunk, end = begin + Collection::chunk;
+    for (int64_t b = begin; b < (end < whole ? end : whole); b++) {
+      const int64_t at = b * N * E;
+      if (!observe(w + at, g + at, m + at, b * N, sums)) all.left[b] = Collection::whole_block;
+    }
+    if (whole < end && all.count % N != 0)
+      in_copy([&](R* w, const R* g, R* m) {
+        if (!observe(w, g, m, whole * N, sums)) all.left[whole] = Collection::whole_block;
+      });
   }
+
   void second(int64_t begin, int64_t end) const {
-    each(begin, end, [&](R* w, const R* g, const R* m, int64_t l, uint32_t* left) {
-      const Mask<R> kept = move(w, g, m, l);
-      if (any(kept)) *left = bits_of(kept);
-    });
+    R* const w = static_cast<R*>(job.weight);
+    const R* const g = static_cast<const R*>(job.grad);
+    const R* const m = static_cast<const R*>(job.momentum);
+    const int64_t whole = all.count / N, last = end < whole ? end : whole;
+    Kept kept[2];
+    for (int64_t b = begin; b <= last; b++) {
+      const int64_t at = b * N * E;
+      if (b < last && !all.left[b]) prepare(w + at, g + at, m + at, b * N, kept[b % 2]);
+      if (b > begin && !all.left[b - 1] && any(finish<false>(w + at - N * E, (b - 1) * N, kept[(b - 1) % 2])))
+        all.left[b - 1] = finish_rest(w + at - N * E, (b - 1) * N, kept[(b - 1) % 2]);
+    }
+    if (end > whole && !all.left[whole])
+      in_copy([&](R* w, const R* g, const R* m) {
+        prepare(w, g, m, whole * N, kept[0]);
+        if (any(finish<false>(w, whole * N, kept[0]))) all.left[whole] = finish_rest(w, whole * N, kept[0]);
+      });
   }
 };
 
