@@ -26,11 +26,15 @@ __attribute__((noinline)) void write_roots(const Pack<R>& square, LaneOrder orde
     if (order.component<R>(i) < count) roots[order.component<R>(i)] = __builtin_sqrt(double(square.v[i]));
 }
 
-// How a tile lies, as numbers of type S, in lanes already or one matrix after the other, and whether it takes the
-// ordinary step: the commonest, with a body of its own, in which no block asks what kind of step this is.
-template <bool InLanes, class S, bool Ordinary>
+// The ordinary step is the commonest, and has bodies of its own, for each pass, in which no block asks what kind of
+// step this is.
+enum class Body { general, whole, first, second };
+
+// How a tile lies, as numbers of type S, in lanes already or one matrix after the other, and by which body it is
+// stepped.
+template <bool InLanes, class S, Body Of>
 struct Place {
-  static constexpr bool in_lanes = InLanes, ordinary = Ordinary;
+  static constexpr bool in_lanes = InLanes, ordinary = Of != Body::general, second = Of == Body::second;
   using Number = S;
 };
 
@@ -48,7 +52,9 @@ class Lanes {
   // of them would not fit into the first-level cache.
   static constexpr int lag = is_fixed && Size::capacity <= 32 ? 1 : 0;
   static constexpr int kept_blocks = lag ? 4 : 1;  // enough from the first stage to the last, and a power of two
-  static constexpr int longest = 64;               // blocks of a tile
+  // Whether the passes of groups have bodies of their own, as whole steps have: what nobody waits for is not compiled.
+  static constexpr bool has_passes = lag && Size::capacity == 9;
+  static constexpr int longest = 64;  // blocks of a tile
   static constexpr int fitting = Memory::size / (Size::capacity * N);
   static constexpr int group_blocks = !is_fixed ? 0 : fitting < longest ? fitting : longest;  // of a group in one tile
 
@@ -138,8 +144,11 @@ class Lanes {
   MK_FN bool is_uniform() const {
     return P::ordinary || uniform;
   }
-  bool is_ordinary(const Pass& pass) const {
-    return steady && uniform && pass.kind == Pass::whole && !job.norms && step_size.is_flat();
+  Body body_of(const Pass& pass) const {
+    if (!lag || !steady || !uniform) return Body::general;
+    if (pass.kind == Pass::whole) return !job.norms && step_size.is_flat() ? Body::whole : Body::general;
+    if (!has_passes) return Body::general;
+    return pass.kind == Pass::first ? Body::first : Body::second;
   }
 
   static int width_of(int elements) {
@@ -148,15 +157,15 @@ class Lanes {
   }
 
   // Calls f with the Place of a tile.
-  template <bool Ordinary, class F>
+  template <Body Of, class F>
   MK_FN auto with_place(const Tile& t, const F& f) const {
     if constexpr (is_fixed) {
-      if (t.in_lanes) return f(Place<true, S, Ordinary>{});
+      if (t.in_lanes) return f(Place<true, S, Of>{});
     }
     if constexpr (!std::is_same<R, S>::value) {
-      if (!t.copied) return f(Place<false, S, Ordinary>{});
+      if (!t.copied) return f(Place<false, S, Of>{});
     }
-    return f(Place<false, R, Ordinary>{});
+    return f(Place<false, R, Of>{});
   }
 
   // Where register i of the block at component l of the tile lies, in w and m or in g.
@@ -279,7 +288,9 @@ class Lanes {
   MK_FN Mask<R> find_step(const Pass& pass, const Tile& t, int l, Kept& kept) const {
     const T square = kept.square;
     T length;
-    if constexpr (P::ordinary) {
+    if constexpr (P::second) {
+      length = T(R(pass.step));
+    } else if constexpr (P::ordinary) {
       length = step_size.flat(square);
     } else {
       if (pass.kind == Pass::whole && job.norms)
@@ -386,7 +397,7 @@ class Lanes {
   // finite.
   template <class P>
   MK_FN int step_blocks(const Pass& pass, const Tile& t, bool seen, Work& work, bool& any_out) const {
-    const bool second = !P::ordinary && pass.kind == Pass::second;
+    const bool second = P::ordinary ? P::second : pass.kind == Pass::second;
     const auto kept = [&](int block) -> Kept& { return work.kept[block % kept_blocks]; };
     int end = t.count;
     for (int b = 0; b * N < end + 2 * lag * N; b++) {
@@ -457,12 +468,19 @@ class Lanes {
     const bool seen = second || skip;
     bool any_out = false;
     const auto step = [&](auto place) { return step_blocks<decltype(place)>(pass, t, seen, work, any_out); };
-    if (first) {
-      t.count = with_place<false>(t, [&](auto place) { return add_squares<decltype(place)>(t, seen, work, any_out); });
-    } else if (lag && is_ordinary(pass)) {
-      t.count = with_place<lag != 0>(t, step);
-    } else {
-      t.count = with_place<false>(t, step);
+    const auto add = [&](auto place) { return add_squares<decltype(place)>(t, seen, work, any_out); };
+    switch (body_of(pass)) {
+      case Body::whole:
+        t.count = with_place<lag ? Body::whole : Body::general>(t, step);
+        break;
+      case Body::first:
+        t.count = with_place<has_passes ? Body::first : Body::general>(t, add);
+        break;
+      case Body::second:
+        t.count = with_place<has_passes ? Body::second : Body::general>(t, step);
+        break;
+      default:
+        t.count = first ? with_place<Body::general>(t, add) : with_place<Body::general>(t, step);
     }
     put_back(t, first, second, skip, work.memory);
     if (any_out) step_out(pass, t, skip, work);
@@ -474,7 +492,7 @@ class Lanes {
   bool step_group(const Pass& pass) const {
     if (!job.listed || pass.end - pass.begin > group_blocks * N) return false;
     if constexpr (is_fixed) {
-      using P = Place<false, R, false>;
+      using P = Place<false, R, Body::general>;
       Work work;
       Kept kept[group_blocks];
       const Tile t = tile_at(pass.begin, pass.end, group_blocks * N, false, nullptr, work.memory);
