@@ -10,7 +10,7 @@ namespace mk {
 // kernel stands at its place: in the lane that it has in its block.
 struct Collection {
   static constexpr int manifolds = 4;                  // Euclidean, sphere, oblique, Stiefel, by their codes
-  static constexpr int64_t chunk = 512;                // blocks that are summed together
+  static constexpr int64_t chunk = 1024;               // blocks that are summed together
   static constexpr uint32_t whole_block = 0xffffffff;  // more bits than a block has lanes
 
   const Job* job;          // one of those of the weight, which agree in all that is taken from it

@@ -96,8 +96,15 @@ class Collected {
     std::vector<double> square(size_t(chunks) * groups, 0);
     std::vector<float> step(groups, 0);
     std::vector<uint32_t> left(size_t(blocks), 0);
-    Collection collection{&jobs[begin], jobs[begin].geometry->count, numbering->group.data(), {}, int32_t(groups),
-                          {1, 1, 1, 1}, square.data(), step.data(), left.data()};
+    Collection collection{&jobs[begin],
+                          jobs[begin].geometry->count,
+                          numbering->group.data(),
+                          {},
+                          int32_t(groups),
+                          {1, 1, 1, 1},
+                          square.data(),
+                          step.data(),
+                          left.data()};
     std::copy_n(numbering->end, Collection::manifolds, collection.end);
     for (int i = 0; i < size; i++) collection.scale[int(job(i).manifold)] = job(i).scales[0];
 
@@ -123,7 +130,8 @@ class Collected {
     for (int i = 0; i < size; i++) {
       const StepSize<double> step_size = step_size_of<double>(job(i));
       const size_t end = i + 1 < size ? size_t(numbering->first[i + 1]) : groups - 1;
-      for (size_t group = size_t(numbering->first[i]); group < end; group++) step[group] = float(step_size(square[group]));
+      for (size_t group = size_t(numbering->first[i]); group < end; group++)
+        step[group] = float(step_size(square[group]));
     }
 
     at::parallel_for(0, blocks, least_blocks,

@@ -117,7 +117,7 @@ class Sweep {
 
   // The first sweep over the block at place l: its squares, and its new momentum. False, with nothing written, where
   // something is not finite or may be out of range.
-  MK_FN bool observe(const R* w, const R* g, R* m, int64_t l, double* sums) const {
+  MK_FN bool observe(const R* w, const R* g, R* m, int64_t l, R* squares) const {
     T direction[E], weight[E], d[E], q[E];
     form(w, g, m, l, direction);
     for (int i = 0; i < E; i++) weight[i] = load(w + i * N);
@@ -136,14 +136,16 @@ class Sweep {
       T turn[Size::square_capacity];
       square = select(kinds.stiefel, stiefel::turn(q, d, stiefel_inverse, turn, size), square);
     }
-    R squares[N];
     square.store(squares);
-    for (int i = 0; i < N; i++) sums[all.group[l + i]] += squares[i];
     return true;
   }
 
-  // What the second sweep's first half hands on to the other, a block behind: each is a long chain of dependent operations,
-  // and the two keep each other's waiting times busy.
+  MK_FN void add(const R* squares, int64_t l, double* sums) const {
+    for (int i = 0; i < N; i++) sums[all.group[l + i]] += squares[i];
+  }
+
+  // What the second sweep's first half hands on to the other, a block behind: each is a long chain of dependent
+  // operations, and the two keep each other's waiting times busy.
   struct Kept {
     T q[E], y[E], turn[Size::square_capacity];
     T length;
@@ -239,13 +241,21 @@ class Sweep {
     const R* const g = static_cast<const R*>(job.grad);
     R* const m = static_cast<R*>(job.momentum);
     const int64_t whole = all.count / N, begin = chunk * Collection::chunk, end = begin + Collection::chunk;
-    for (int64_t b = begin; b < (end < whole ? end : whole); b++) {
+    const int64_t last = end < whole ? end : whole;
+    // Squares are added a block later: to wait for them would keep everything behind them waiting.
+    R squares[2][N];
+    for (int64_t b = begin; b <= last; b++) {
       const int64_t at = b * N * E;
-      if (!observe(w + at, g + at, m + at, b * N, sums)) all.left[b] = Collection::whole_block;
+      if (b < last && !observe(w + at, g + at, m + at, b * N, squares[b % 2])) all.left[b] = Collection::whole_block;
+      if (b > begin && !all.left[b - 1]) add(squares[(b - 1) % 2], (b - 1) * N, sums);
     }
     if (whole < end && all.count % N != 0)
       in_copy([&](R* w, const R* g, R* m) {
-        if (!observe(w, g, m, whole * N, sums)) all.left[whole] = Collection::whole_block;
+        if (observe(w, g, m, whole * N, squares[0])) {
+          add(squares[0], whole * N, sums);
+        } else {
+          all.left[whole] = Collection::whole_block;
+        }
       });
   }
 
