@@ -13,6 +13,7 @@ import pytest
 import torch
 from cpu_lockstep import ARRANGEMENTS, DTYPES, FG, MOMENTA, VECTOR_RULES, check, one_group
 from stepping import copy, group, run_steps
+from test_cpu_collections import dealt
 
 from manifold_kernels import ops
 from manifold_kernels.views import Layout
@@ -67,6 +68,9 @@ def step_the_grid() -> int:
             )
             check(case, steps=2)
             count += 1
+    for shape in ((7, 9), (8, 16)):
+        check(dealt(shape, 9, single=4))
+        count += 1
     return count
 
 

@@ -9,9 +9,9 @@ namespace mk {
 // Kernels are stepped where they lie, a block of neighbours at a time, whatever their manifolds. What is known of a
 // kernel stands at its place: in the lane that it has in its block.
 struct Collection {
-  static constexpr int manifolds = 4;                  // Euclidean, sphere, oblique, Stiefel, by their codes
-  static constexpr int64_t chunk = 1024;               // blocks that are summed together
-  static constexpr uint32_t whole_block = 0xffffffff;  // more bits than a block has lanes
+  static constexpr int manifolds = 4;     // Euclidean, sphere, oblique, Stiefel, by their codes
+  static constexpr int64_t chunk = 1024;  // blocks that are summed together
+  static constexpr int most_lanes = 16;   // of a block, with any instruction set
 
   const Job* job;          // one of those of the weight, which agree in all that is taken from it
   int64_t count;           // kernels
@@ -21,7 +21,9 @@ struct Collection {
   double scale[manifolds];
   double* square;  // of each chunk and group: the sum of ||xi||^2
   float* step;     // of each group: lr / tau
-  uint32_t* left;  // of each block: the lanes whose kernels are still to be stepped, by their jobs
+  // Of each block, the kernels that the sweeps leave to their jobs: bit i is for lane i and a kernel of which nothing
+  // is done, bit i + most_lanes for one that has its momentum and its part in the group's norm.
+  uint32_t* left;
 };
 
 }  // namespace mk

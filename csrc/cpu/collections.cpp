@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 
 #include "cpu/driver.h"
@@ -23,10 +24,9 @@ bool is_collectable(const Job& job) {
                      (job.manifold == ManifoldCode::stiefel && job.retraction == Retraction::qr) ||
                      ((job.manifold == ManifoldCode::sphere || job.manifold == ManifoldCode::oblique) &&
                       job.retraction == Retraction::projection);
-  return job.listed && job.rule == Rule::fg_sgd && usual && !job.norms && job.scale_stride == 0 &&
-         job.storage == Storage::float32 && g.n == 3 && g.p == 3 && g.batch_dims == 1 && g.weight_stride[0] == 9 &&
-         g.grad_stride[0] == 9 && job.weight_in_order && job.grad_in_order &&
-         !(job.momentum && job.hyper.nesterov != 0);
+  return job.listed && job.rule == Rule::fg_sgd && usual && job.scale_stride == 0 && job.storage == Storage::float32 &&
+         g.n == 3 && g.p == 3 && g.batch_dims == 1 && g.weight_stride[0] == 9 && g.grad_stride[0] == 9 &&
+         job.weight_in_order && job.grad_in_order && !(job.momentum && job.hyper.nesterov != 0);
 }
 
 // Whether one stands for the other in what the sweeps take from a job. The scale of Euclidean kernels is 1.
@@ -43,9 +43,9 @@ class Collected {
   const std::shared_ptr<const Numbering> numbering;
 
   struct Kernel {
-    int number;  // of its job, in the order of the numbering
-    int64_t k;   // in the job
-    bool whole;  // whether nothing of it was done in the sweeps
+    int number;     // of its job, in the order of the numbering
+    int64_t k;      // in the job
+    bool observed;  // whether it has its momentum and its part in the group's norm
   };
 
   int index(int number) const { return begin + numbering->order[number]; }
@@ -58,18 +58,21 @@ class Collected {
     for (int64_t b = 0; b < int64_t(left.size()); b++) {
       if (!left[b]) continue;
       for (int64_t c = b * lanes; c < std::min((b + 1) * lanes, count); c++) {
-        const int64_t place = kernels().collection_place(c);
-        if (!(left[b] >> (place - b * lanes) & 1)) continue;
+        const int64_t place = kernels().collection_place(c), lane = place - b * lanes;
+        const bool observed = left[b] >> (lane + Collection::most_lanes) & 1;
+        if (!observed && !(left[b] >> lane & 1)) continue;
         const int number =
             int(std::upper_bound(first.begin(), first.end(), numbering->group[place]) - first.begin()) - 1;
         const int64_t* const listed = job(number).listed;
-        f({number, std::lower_bound(listed, listed + job(number).count, c) - listed,
-           left[b] == Collection::whole_block});
+        f({number, std::lower_bound(listed, listed + job(number).count, c) - listed, observed});
       }
     }
   }
 
-  static bool waits(const Job& job) { return job.bounded && !job.individual; }
+  // Whether kernels wait for the norm of their group.
+  static bool waits(const Job& job) { return (job.bounded || job.norms) && !job.individual; }
+  // NaN and Inf are written, as in torch.
+  static bool is_plain(const Job& job) { return job.manifold == ManifoldCode::euclidean && !job.bounded; }
 
  public:
   Collected(const std::vector<Job>& jobs, int begin, int end, std::vector<int64_t>& nonfinite, const PlanTensors& plan)
@@ -111,7 +114,7 @@ class Collected {
     at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
       for (int64_t chunk = from; chunk < to; chunk++) k.collection_first(collection, chunk);
     });
-    std::vector<uint8_t> skipped;
+    std::vector<uint8_t> skipped, undefined(size_t(size), 0);
     each_left(left, [&](const Kernel& kernel) {
       const Job& its = job(kernel.number);
       if (!waits(its)) return;
@@ -120,8 +123,9 @@ class Collected {
       const auto first = its.manifold == ManifoldCode::euclidean ? k.elements_first : k.lanes_first;
       first(its, kernel.k, kernel.k + 1, &partial, newly.data());
       square[size_t(numbering->first[kernel.number])] += partial.square;
-      nonfinite[index(kernel.number)] += partial.nonfinite;
-      skipped.push_back(newly[kernel.k]);
+      if (!is_plain(its)) nonfinite[index(kernel.number)] += partial.nonfinite;
+      undefined[size_t(kernel.number)] |= is_plain(its) && partial.nonfinite;
+      skipped.push_back(newly[size_t(kernel.k)] && !is_plain(its));
     });
 
     // In the order of the chunks, whatever thread had them.
@@ -129,9 +133,12 @@ class Collected {
       for (size_t group = 0; group < groups; group++) square[group] += square[chunk * groups + group];
     for (int i = 0; i < size; i++) {
       const StepSize<double> step_size = step_size_of<double>(job(i));
-      const size_t end = i + 1 < size ? size_t(numbering->first[i + 1]) : groups - 1;
-      for (size_t group = size_t(numbering->first[i]); group < end; group++)
+      const size_t first = size_t(numbering->first[i]),
+                   end = i + 1 < size ? size_t(numbering->first[i + 1]) : groups - 1;
+      for (size_t group = first; group < end; group++) {
         step[group] = float(step_size(square[group]));
+        if (job(i).norms) job(i).norms[group - first] = undefined[i] ? std::nan("") : std::sqrt(square[group]);
+      }
     }
 
     at::parallel_for(0, blocks, least_blocks,
@@ -140,11 +147,11 @@ class Collected {
     each_left(left, [&](const Kernel& kernel) {
       const Job& its = job(kernel.number);
       const bool elements = its.manifold == ManifoldCode::euclidean;
-      if (kernel.whole && !waits(its)) {
+      if (!kernel.observed && !waits(its)) {
         Partial partial{0, 0};
         (elements ? k.elements_whole : k.lanes_whole)(its, kernel.k, kernel.k + 1, &partial);
         nonfinite[index(kernel.number)] += partial.nonfinite;
-      } else if (!kernel.whole || !skipped[waited++]) {
+      } else if (kernel.observed || !skipped[waited++]) {
         const double length = step[size_t(numbering->first[kernel.number] + (its.individual ? kernel.k : 0))];
         (elements ? k.elements_second : k.lanes_second)(its, kernel.k, kernel.k + 1, length, nullptr);
       }

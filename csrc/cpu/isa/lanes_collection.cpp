@@ -116,14 +116,15 @@ class Sweep {
         stiefel_inverse(inverse(ManifoldCode::stiefel)) {}
 
   // The first sweep over the block at place l: its squares, and its new momentum. False, with nothing written, where
-  // something is not finite or may be out of range.
+  // something is not finite or may be out of range and nobody has seen to it yet.
+  template <bool Seen>
   MK_FN bool observe(const R* w, const R* g, R* m, int64_t l, R* squares) const {
     T direction[E], weight[E], d[E], q[E];
     form(w, g, m, l, direction);
     for (int i = 0; i < E; i++) weight[i] = load(w + i * N);
     // Sums as the numbers lie, a ninth of a kernel's at least.
     const T largest = T(Limits<R>::huge_square / E);
-    if (any(!((square_norm(direction, E) <= largest) & (square_norm(weight, E) <= largest)))) return false;
+    if (!Seen && any(!((square_norm(direction, E) <= largest) & (square_norm(weight, E) <= largest)))) return false;
     if (momentum.buffered)
       for (int i = 0; i < E; i++) store(m + i * N, direction[i]);
     to_lanes(direction, d, size);
@@ -138,6 +139,35 @@ class Sweep {
     }
     square.store(squares);
     return true;
+  }
+
+  // The same for a block in which there is something: its other kernels. Returns the lanes of those that are left.
+  __attribute__((noinline)) uint32_t observe_rest(const R* w, const R* g, R* m, int64_t l, R* squares) const {
+    R copy[3][N * E];
+    uint32_t left = 0;
+    const auto bring = [&](int kernel, int from) {
+      for (int e = 0; e < E; e++) {
+        copy[0][kernel * E + e] = w[from * E + e];
+        copy[1][kernel * E + e] = g[from * E + e];
+        copy[2][kernel * E + e] = momentum.buffered ? m[from * E + e] : R(0);
+      }
+    };
+    for (int kernel = 0; kernel < N; kernel++) {  // in a block of nothing else
+      for (int i = 0; i < N; i++) bring(i, kernel);
+      if (!observe<false>(copy[0], copy[1], copy[2], l, squares)) left |= 1u << place(kernel);
+    }
+    for (int kernel = 0; kernel < N; kernel++) {
+      bring(kernel, kernel);
+      for (int e = 0; left >> place(kernel) & 1 && e < E; e++)
+        for (R* const numbers : copy) numbers[kernel * E + e] = R(0);
+    }
+    observe<true>(copy[0], copy[1], copy[2], l, squares);
+    for (int kernel = 0; kernel < N; kernel++) {
+      const bool is_left = left >> place(kernel) & 1;
+      if (is_left) squares[place(kernel)] = R(0);
+      for (int e = 0; momentum.buffered && !is_left && e < E; e++) m[kernel * E + e] = copy[2][kernel * E + e];
+    }
+    return left;
   }
 
   MK_FN void add(const R* squares, int64_t l, double* sums) const {
@@ -171,9 +201,9 @@ class Sweep {
   }
 
   // The retraction. Returns the kernels that need more than these formulas: long turns, and columns that vanish or
-  // overflow. With any of them nothing is written, or, in the body for that case, the weights of the others.
-  template <bool Keep>
-  MK_FN Mask<R> finish(R* w, int64_t l, const Kept& kept) const {
+  // overflow. With any of them nothing is written; Rest: the weights of all but them and those in `left` are.
+  template <bool Rest>
+  MK_FN Mask<R> finish(R* w, int64_t l, const Kept& kept, Mask<R> left) const {
     T in_memory[E], q[E], y[E];
     for (int e = 0; e < E; e++) y[e] = kept.y[e];
     const Kinds kinds = kinds_at(l);
@@ -198,8 +228,8 @@ class Sweep {
       for (int e = 0; e < E; e++) y[e] = select(kinds.stiefel, turned[e], y[e]);
       good = (good & !kinds.stiefel) | (near & kinds.stiefel);
     }
-    if (Keep) {
-      for (int e = 0; e < E; e++) y[e] = select(good, y[e], kept.q[e]);
+    if (Rest) {
+      for (int e = 0; e < E; e++) y[e] = select(good & !left, y[e], kept.q[e]);
     } else if (any(!good)) {
       return !good;
     }
@@ -207,11 +237,20 @@ class Sweep {
     for (int i = 0; i < E; i++) store(w + i * N, in_memory[i]);
     return !good;
   }
-  __attribute__((noinline)) uint32_t finish_rest(R* w, int64_t l, const Kept& kept) const {
-    const Mask<R> left = finish<true>(w, l, kept);
-    uint32_t bits = 0;
-    for (int i = 0; i < N; i++) bits |= uint32_t(left.at(i)) << i;
-    return bits;
+  __attribute__((noinline)) void finish_rest(R* w, int64_t l, const Kept& kept, uint32_t* left) const {
+    R is_left[N];
+    for (int i = 0; i < N; i++) is_left[i] = R(*left >> i & 1);
+    const Mask<R> more = finish<true>(w, l, kept, T(R(0)) < T::load(is_left));
+    for (int i = 0; i < N; i++)
+      if (is_left[i] == R(0) && more.at(i)) *left |= 1u << (i + Collection::most_lanes);
+  }
+  MK_FN void finish_any(R* w, int64_t l, const Kept& kept, uint32_t* left) const {
+    if (*left || any(finish<false>(w, l, kept, {}))) finish_rest(w, l, kept, left);
+  }
+
+  template <class Number>
+  MK_FN static Number* after(Number* buffer, int64_t at) {  // which may not be there
+    return buffer ? buffer + at : buffer;
   }
 
   // f(w, g, m): the last block, where it is a part of one, in a copy.
@@ -246,16 +285,15 @@ class Sweep {
     R squares[2][N];
     for (int64_t b = begin; b <= last; b++) {
       const int64_t at = b * N * E;
-      if (b < last && !observe(w + at, g + at, m + at, b * N, squares[b % 2])) all.left[b] = Collection::whole_block;
-      if (b > begin && !all.left[b - 1]) add(squares[(b - 1) % 2], (b - 1) * N, sums);
+      if (b < last && !observe<false>(w + at, g + at, after(m, at), b * N, squares[b % 2]))
+        all.left[b] = observe_rest(w + at, g + at, after(m, at), b * N, squares[b % 2]);
+      if (b > begin) add(squares[(b - 1) % 2], (b - 1) * N, sums);
     }
     if (whole < end && all.count % N != 0)
       in_copy([&](R* w, const R* g, R* m) {
-        if (observe(w, g, m, whole * N, squares[0])) {
-          add(squares[0], whole * N, sums);
-        } else {
-          all.left[whole] = Collection::whole_block;
-        }
+        if (!observe<false>(w, g, m, whole * N, squares[0]))
+          all.left[whole] = observe_rest(w, g, m, whole * N, squares[0]);
+        add(squares[0], whole * N, sums);
       });
   }
 
@@ -267,14 +305,13 @@ class Sweep {
     Kept kept[2];
     for (int64_t b = begin; b <= last; b++) {
       const int64_t at = b * N * E;
-      if (b < last && !all.left[b]) prepare(w + at, g + at, m + at, b * N, kept[b % 2]);
-      if (b > begin && !all.left[b - 1] && any(finish<false>(w + at - N * E, (b - 1) * N, kept[(b - 1) % 2])))
-        all.left[b - 1] = finish_rest(w + at - N * E, (b - 1) * N, kept[(b - 1) % 2]);
+      if (b < last) prepare(w + at, g + at, after(m, at), b * N, kept[b % 2]);
+      if (b > begin) finish_any(w + at - N * E, (b - 1) * N, kept[(b - 1) % 2], all.left + b - 1);
     }
-    if (end > whole && !all.left[whole])
+    if (end > whole)
       in_copy([&](R* w, const R* g, const R* m) {
         prepare(w, g, m, whole * N, kept[0]);
-        if (any(finish<false>(w, whole * N, kept[0]))) all.left[whole] = finish_rest(w, whole * N, kept[0]);
+        finish_any(w, whole * N, kept[0], all.left + whole);
       });
   }
 };
