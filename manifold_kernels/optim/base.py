@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from manifold_kernels.optim import checkpoint, operands, settings
@@ -77,6 +77,7 @@ class ManifoldOptimizer(Stepping):
         self.plan = Plan.build([], [])
         self._nonfinite = torch.zeros(0, dtype=torch.int64)
         self._structure: list[tuple[Any, ...]] = []
+        self._members: list[list[Tensor]] = []  # the parameters that the plan is of, by param group
         self._names = [name for name in defaults if name in settings.KNOWN]
         self._forget()
         super().__init__(params, defaults)
@@ -159,14 +160,15 @@ class ManifoldOptimizer(Stepping):
             self.param_groups, self._structure = before
             raise
         self.plan, self._nonfinite = plan, nonfinite.to(self._device())
+        self._members = [list(group["params"]) for group in groups]
         self.state = defaultdict(dict, state)
         self._forget()
 
     def rebind(self, model: nn.Module) -> None:
         """Step the parameters of ``model`` in place of those of the same names, keeping settings and states.
 
-        For models whose parameters were replaced, by ``load_state_dict(assign=True)`` for example. Masters are made
-        anew from the weights at the next step.
+        For models whose parameters were replaced, by ``load_state_dict(assign=True)`` for example; others may have put
+        new ones into the param groups already. Masters are made anew from the weights at the next step.
 
         Raises:
             ValueError: parameters without a name (``param_groups`` and ``named_parameters`` give one), a name that the
@@ -181,15 +183,18 @@ class ManifoldOptimizer(Stepping):
         >>> optimizer.param_groups[0]["params"][0] is model[0].weight
         True
         """
+        self._check_members(same=False)
         found = dict(model.named_parameters(remove_duplicate=False))
         for position, name in enumerate(self.parameter_names()):
             if name not in found:
                 raise ValueError(f"{self._where(position)}: wanted its namesake in the model, got none.")
         before = [(group, group["params"]) for group in self.param_groups]
-        saved = self.state_dict()
-        if any(operands.is_sharded(found[name]) for name in self.parameter_names()):
-            saved = {entry: saved[entry] for entry in ("state", "param_groups")}  # the plan is of other components
         try:
+            for group, members in zip(self.param_groups, self._members, strict=True):
+                group["params"] = members  # states belong to these, whatever stands there by now
+            saved = self.state_dict()
+            if any(operands.is_sharded(found[name]) for name in self.parameter_names()):
+                saved = {entry: saved[entry] for entry in ("state", "param_groups")}  # the plan is of other components
             names = iter(self.parameter_names())
             for group, params in before:
                 group["params"] = [found[name] for _, name in zip(params, names, strict=False)]
@@ -209,6 +214,7 @@ class ManifoldOptimizer(Stepping):
             "_names",
             "_nonfinite",
             "_structure",
+            "_members",
             "_raise_nonfinite",
             "_gather",
             "_backend",

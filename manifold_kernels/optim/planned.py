@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import chain
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +43,7 @@ class Planned(torch.optim.Optimizer):
     plan: Plan
     _nonfinite: Tensor
     _structure: list[tuple[Any, ...]]
+    _members: list[list[Tensor]]
     _names: list[str]
     _gather: bool
 
@@ -80,6 +83,7 @@ class Planned(torch.optim.Optimizer):
         counts = torch.zeros(len(group["params"]), dtype=torch.int64, device=self._device())
         self._nonfinite = torch.cat([self._nonfinite.to(counts.device), counts])
         self._structure.append(structure_of(group))
+        self._members.append(list(group["params"]))
         self._forget()
 
     def _settle(self, group: ParamGroup, given: Set[str]) -> None:
@@ -189,6 +193,17 @@ class Planned(torch.optim.Optimizer):
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _check_members(self, same: bool = True) -> None:
+        """Raise ``ValueError`` unless the param groups have as many parameters as the plan, and the ``same`` ones."""
+        groups = [group["params"] for group in self.param_groups]
+        fits = list(map(len, groups)) == list(map(len, self._members))
+        if not fits or (same and not all(map(is_, chain(*groups), chain(*self._members)))):
+            raise ValueError(
+                "param_groups: wanted the parameters that the optimizer was made with, group by group, got others. Call "
+                "optimizer.rebind(model) where parameters took the place of others, add_param_group for more of them, "
+                "and make a new optimizer to leave some out. Nothing was written."
+            )
 
     def _gathered(self) -> dict[int, Tensor]:
         """The parameters whose matrices are put together for a step, by their positions."""
