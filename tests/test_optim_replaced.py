@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from manifold_kernels import FGSGD, AdamG, param_groups
 from manifold_kernels.optim import ManifoldOptimizer
@@ -116,9 +116,7 @@ def test_param_groups_with_other_parameters_are_refused(change: str, steps: int)
     changes()[change](optimizer)
     held = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
     before = [parameter.detach().clone() for parameter in held]
-    with pytest.raises(
-        ValueError, match=r"wanted the parameters that the optimizer was made with.*optimizer.rebind\(model\)"
-    ):
+    with pytest.raises(ValueError, match=r"wanted the parameters .* made with.* optimizer.rebind\(model\)"):
         train(model, optimizer, range(2, 3))
     assert all(torch.equal(p, old) for p, old in zip(held, before, strict=True))
     if steps:

@@ -75,7 +75,7 @@ class ManifoldOptimizer(Stepping):
         self._backend = backend
         self._master_weights = master_weights
         self.plan = Plan.build([], [])
-        self._nonfinite = torch.zeros(0, dtype=torch.int64)
+        self._nonfinite = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._structure: list[tuple[Any, ...]] = []
         self._members: list[list[Tensor]] = []  # the parameters that the plan is of, by param group
         self._names = [name for name in defaults if name in settings.KNOWN]
@@ -149,7 +149,7 @@ class ManifoldOptimizer(Stepping):
                 expected = joined(expected, self._plan_of(index, first))
                 first += len(group["params"])
             parameters = self._all_parameters()
-            plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64)
+            plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64, device="cpu")
             if whole:
                 plan, nonfinite = checkpoint.load_plan(state_dict, expected, self._described())
             state = checkpoint.load_state(

@@ -36,7 +36,7 @@ def new_buffer(name: str, weight: Tensor, components: int) -> Tensor:
 
 def component_counts(plan: Plan, parameters: int) -> list[int]:
     """The number of components of every parameter."""
-    counts = torch.zeros(parameters, dtype=torch.int64)
+    counts = torch.zeros(parameters, dtype=torch.int64, device="cpu")
     return counts.index_add_(0, plan.column("parameter"), plan.column("count")).tolist()
 
 

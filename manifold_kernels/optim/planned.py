@@ -151,7 +151,9 @@ class Planned(torch.optim.Optimizer):
         """
         weights = self._weights(self._all_parameters())
         found = [each.violation for each in constraint.violations(self.plan, weights)]
-        return float(torch.tensor([0.0, *found], dtype=torch.float64).max())  # unlike Python's, NaN if any is
+        return float(
+            torch.tensor([0.0, *found], dtype=torch.float64, device="cpu").max()
+        )  # unlike Python's, NaN if any is
 
     def check(self) -> None:
         """Raise ``ValueError`` for the first weight that is off its manifold by more than rounding explains.
@@ -200,8 +202,8 @@ class Planned(torch.optim.Optimizer):
         fits = list(map(len, groups)) == list(map(len, self._members))
         if not fits or (same and not all(map(is_, chain(*groups), chain(*self._members)))):
             raise ValueError(
-                "param_groups: wanted the parameters that the optimizer was made with, group by group, got others. Call "
-                "optimizer.rebind(model) where parameters took the place of others, add_param_group for more of them, "
+                "param_groups: wanted the parameters that the optimizer was made with, group by group, got others. "
+                "Call optimizer.rebind(model) where parameters took the place of others, add_param_group for more of them, "
                 "and make a new optimizer to leave some out. Nothing was written."
             )
 

@@ -131,7 +131,7 @@ def hyper_row(group: ParamGroup) -> list[float | Tensor]:
 def hyper_table(rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
     """The table of ``rows``, with 1 in place of numbers in tensors: it says which terms there are."""
     numbers = [[1.0 if isinstance(value, Tensor) else float(value) for value in row] for row in rows]
-    return torch.tensor(numbers, dtype=torch.float64).reshape(-1, len(HYPER_COLUMNS))
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(-1, len(HYPER_COLUMNS))
 
 
 def tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tuple[Tensor, Tensor | None]:
