@@ -204,10 +204,10 @@ def put(saved: dict[str, Any], position: int, name: str, value: object) -> None:
     saved["state"][position][name] = value
 
 
-def short(saved: dict[str, Any]) -> None:
-    buffer = torch.empty_strided((4, 2, 3, 3), saved["state"][0]["momentum_buffer"].stride())
-    buffer.untyped_storage().resize_(8)
-    saved["state"][0]["momentum_buffer"] = buffer
+def cut_off(entries: dict[str, Any], name: str) -> None:
+    """A tensor with one number of memory. Torch makes none of a file; what a program hands over may be one."""
+    tensor = entries[name] = entries[name].clone()
+    tensor.untyped_storage().resize_(4)
 
 
 Spoil = Callable[[dict[str, Any]], object]
@@ -226,7 +226,7 @@ MISFITS: list[tuple[Spoil, str]] = [
     (lambda s: s["param_groups"][0].update(manifold={"name": "grassmann"}), "FGSGD wants one of"),
     (lambda s: s["param_groups"][0].update(manifold={"name": "sphere", "scale": 1.0}), "group 0 has manifold 3"),
     (lambda s: s["param_groups"][0].update(grouping="individual"), "group 0 has individual 0"),
-    (lambda s: s["plan"].pop("scales"), r"wanted plan\['scales'\] as a tensor"),
+    (lambda s: s["plan"].pop("scales"), r"plan\['scales'\]: wanted a dense tensor"),
     (lambda s: s["plan"].update(groups=s["plan"]["groups"][:, 1:]), r"plan: wanted groups \(\*, 16\)"),
     (lambda s: s["plan"].update(groups=s["plan"]["groups"].int()), "plan: wanted groups contiguous torch.int64"),
     (lambda s: s["plan"].update(groups=s["plan"]["groups"][:2]), "wanted a plan of 3 groups, got 2"),
@@ -253,7 +253,21 @@ MISFITS: list[tuple[Spoil, str]] = [
     (lambda s: put(s, 0, "momentum_buffer", torch.zeros(()).expand(4, 2, 3, 3)), "momentum_buffer: wanted strides"),
     (lambda s: put(s, 2, "momentum_buffer", torch.zeros(2).int()), "momentum_buffer: wanted dtype torch.float32"),
     (lambda s: put(s, 0, "exp_avg", torch.zeros(1)), "exp_avg: wanted one of"),
-    (short, "momentum_buffer: wanted 288 bytes of storage, got 8"),
+    (lambda s: put(s, 0, "step", torch.tensor(2**63 - 1)), "step: wanted"),
+    (lambda s: s["nonfinite"].fill_(2**63 - 1), "wanted nonfinite as 3 counts"),
+    (lambda s: s["state"][0]["momentum_buffer"][2].fill_(math.nan), "momentum_buffer: wanted finite numbers"),
+    (lambda s: s["state"][0]["momentum_buffer"][2].fill_(math.inf), "momentum_buffer: wanted finite numbers"),
+    (lambda s: s["state"].pop(0), r"wanted a state for .* parameter 0 of shape \(4, 2, 3, 3\), got none"),
+    (lambda s: s["param_groups"][0].update(params=[1]), "param groups: wanted every key once, got 1 twice"),
+    (lambda s: s["param_groups"][0].update(params=[[0]]), r"params: wanted numbers or names, got \[0\]"),
+    (lambda s: s["param_groups"][0].update(lr=torch.tensor(1.0, device="meta")), "lr: wanted a dense tensor with"),
+    (lambda s: s["param_groups"][0].update(lr=torch.ones(1).to_sparse()), "lr: wanted a dense tensor with"),
+    (lambda s: s["param_groups"][0].update(lr=10**400), "param group 0: lr: wanted"),
+    (lambda s: cut_off(s["state"][0], "momentum_buffer"), "momentum_buffer: wanted 288 bytes of storage, got 4"),
+    (lambda s: cut_off(s["state"][0], "step"), "step: wanted 8 bytes of storage, got 4"),
+    (lambda s: cut_off(s["plan"], "groups"), r"plan\['groups'\]: wanted 384 bytes of storage, got 4"),
+    (lambda s: cut_off(s["plan"], "scales"), r"plan\['scales'\]: wanted 24 bytes of storage, got 4"),
+    (lambda s: cut_off(s, "nonfinite"), "nonfinite: wanted 24 bytes of storage, got 4"),
 ]
 
 
@@ -313,3 +327,45 @@ def test_second_moments_have_one_number_a_vector() -> None:
         saved["state"][0]["exp_avg_sq"] = torch.zeros(4, dtype=torch.float16)
         with pytest.raises(ValueError, match=f"exp_avg_sq: wanted dtype {wanted}, got torch.float16"):
             optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, -math.inf])
+def test_second_moments_that_are_none_are_refused(value: float) -> None:
+    """Their roots would carry NaN into weights."""
+    model, optimizer = make("adam_g")
+    train(model, optimizer, 1)
+    saved = through_a_file(optimizer.state_dict())
+    saved["state"][0]["exp_avg_sq"][1] = value
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(4, 2, 3, 3\): exp_avg_sq: wanted numbers >= 0"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_momentum_that_another_type_cannot_hold_is_refused() -> None:
+    """As infinity it would keep its kernel where it is for ever."""
+    model, optimizer = make("stiefel")
+    train(model, optimizer, 1)
+    optimizer.state[model[0].weight]["momentum_buffer"][1, 1, 0, 0] = 1e5
+    _, half = make("stiefel", dtype=torch.float16)
+    with pytest.raises(ValueError, match="momentum_buffer: wanted finite numbers, also as torch.float16"):
+        half.load_state_dict(optimizer.state_dict())
+    assert not half.state
+
+
+@pytest.mark.parametrize("names", [7, ["one"], "weights"])
+def test_names_that_are_none_are_left_alone(names: object) -> None:
+    """A group may have an entry of its own that is called so."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = FGSGD([{"params": [weight], "names": names}], lr=0.1)
+    assert optimizer.parameter_names() == (["one"] if names == ["one"] else ["param group 0, parameter 0"])
+
+
+def test_names_are_the_optimizers_own_after_loading() -> None:
+    one, other = (FGSGD([(name, nn.Parameter(torch.ones(2)))], lr=0.1) for name in ("module.weight", "weight"))
+    other.load_state_dict(one.state_dict())
+    assert other.parameter_names() == ["weight"]
+
+
+@pytest.mark.parametrize("junk", [None, [1], "state"])
+def test_a_state_is_a_dict(junk: object) -> None:
+    with pytest.raises(TypeError, match="state_dict: wanted a dict, got"):
+        make("stiefel")[1].load_state_dict(junk)

@@ -116,6 +116,8 @@ class ManifoldOptimizer(Stepping):
                 another number of groups or parameters, another rule, manifold or view, a state of another shape, dtype
                 or strides, a plan out of range, a weight off its manifold.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict: wanted a dict, got {type(state_dict).__name__}.")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)

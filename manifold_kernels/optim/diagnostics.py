@@ -73,9 +73,8 @@ def read(plan: Plan, norms: Tensor, hyper: Tensor) -> Diagnostics:
     individual = plan.column("individual").bool()
     lengths = torch.where(individual, plan.column("count"), 1)
     row = torch.arange(len(plan.groups), device="cpu").repeat_interleave(lengths)
-    alone = [
-        plan.members(r) if bool(individual[r]) else torch.tensor([-1], device="cpu") for r in range(len(plan.groups))
-    ]
+    together = torch.tensor([-1], device="cpu")
+    alone = [plan.members(r) if bool(individual[r]) else together for r in range(len(plan.groups))]
     own = hyper[plan.column("hyper")[row]]
     tau = step_size_factor(norms, own[:, HYPER_COLUMNS.index("rho")], own[:, HYPER_COLUMNS.index("curvature")])
     bounded = plan.column("step_size")[row] == STEP_SIZES["general"]

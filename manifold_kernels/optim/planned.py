@@ -151,9 +151,8 @@ class Planned(torch.optim.Optimizer):
         """
         weights = self._weights(self._all_parameters())
         found = [each.violation for each in constraint.violations(self.plan, weights)]
-        return float(
-            torch.tensor([0.0, *found], dtype=torch.float64, device="cpu").max()
-        )  # unlike Python's, NaN if any is
+        # Unlike Python's, this maximum is NaN if any is.
+        return float(torch.tensor([0.0, *found], dtype=torch.float64, device="cpu").max())
 
     def check(self) -> None:
         """Raise ``ValueError`` for the first weight that is off its manifold by more than rounding explains.
@@ -178,7 +177,7 @@ class Planned(torch.optim.Optimizer):
         """The name of every parameter, or its position in words where none was given."""
         names: list[str] = []
         for index, group in enumerate(self.param_groups):
-            known = group.get("param_names") or group.get("names")  # torch's key, or that of param_groups
+            known = _names_in(group)
             names += known or [f"param group {index}, parameter {at}" for at in range(len(group["params"]))]
         return names
 
@@ -203,8 +202,8 @@ class Planned(torch.optim.Optimizer):
         if not fits or (same and not all(map(is_, chain(*groups), chain(*self._members)))):
             raise ValueError(
                 "param_groups: wanted the parameters that the optimizer was made with, group by group, got others. "
-                "Call optimizer.rebind(model) where parameters took the place of others, add_param_group for more of them, "
-                "and make a new optimizer to leave some out. Nothing was written."
+                "Call optimizer.rebind(model) where parameters took the place of others, add_param_group for more, and "
+                "make a new optimizer to leave some out. Nothing was written."
             )
 
     def _gathered(self) -> dict[int, Tensor]:
@@ -242,3 +241,12 @@ class Planned(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Make the next step put together anew what it reads."""
         raise NotImplementedError
+
+
+def _names_in(group: ParamGroup) -> list[str] | None:
+    """The names of the parameters of ``group``, in torch's entry or that of ``param_groups``."""
+    for entry in ("param_names", "names"):
+        names = group.get(entry)
+        if isinstance(names, (list, tuple)) and len(names) == len(group["params"]):
+            return list(map(str, names))
+    return None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manifold_kernels.collection import Assignment, Collection
 from manifold_kernels.manifolds import BY_NAME, Euclidean, Manifold
+from manifold_kernels.optim.memory import check_memory
 from manifold_kernels.plan import HYPER_COLUMNS
 
 ParamGroup = dict[str, Any]
@@ -91,6 +92,7 @@ def _same_word(value: object, choice: object) -> bool:
 
 def _check_number(name: str, value: object, allowed: Callable[[float], bool], words: str) -> None:
     if isinstance(value, Tensor):
+        check_memory(name, value)
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: wanted a tensor of one element, got {value.dtype} {tuple(value.shape)}.")
         if value.device.type != "cpu":
@@ -98,7 +100,11 @@ def _check_number(name: str, value: object, allowed: Callable[[float], bool], wo
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: wanted {words}, got {value!r} of type {type(value).__name__}.")
-    if not allowed(float(value)):
+    try:
+        fits = allowed(float(value))
+    except OverflowError:  # a whole number that no float is as large as
+        fits = False
+    if not fits:
         raise ValueError(f"{name}: wanted {words}, got {value!r}.")
 
 
@@ -181,6 +187,9 @@ def unpack(group: ParamGroup) -> ParamGroup:
             isinstance(one, dict) and {"groups", "manifolds"} <= one.keys() for one in saved
         ):
             raise ValueError(f"assignments: wanted a list of dicts of 'groups' and 'manifolds', got {saved!r}.")
+        for one in saved:
+            for name in ("groups", "manifolds"):
+                check_memory(f"assignments: {name}", one[name])
         unpacked["assignments"] = tuple(Assignment(one["groups"], one["manifolds"]) for one in saved)
     return unpacked
 
