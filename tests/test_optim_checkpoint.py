@@ -346,7 +346,7 @@ def test_a_momentum_that_another_type_cannot_hold_is_refused() -> None:
     train(model, optimizer, 1)
     optimizer.state[model[0].weight]["momentum_buffer"][1, 1, 0, 0] = 1e5
     _, half = make("stiefel", dtype=torch.float16)
-    with pytest.raises(ValueError, match="momentum_buffer: wanted finite numbers, also as torch.float16"):
+    with pytest.raises(ValueError, match="momentum_buffer: wanted finite numbers, also as"):
         half.load_state_dict(optimizer.state_dict())
     assert not half.state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -59,6 +60,21 @@ STRUCTURE: tuple[str, ...] = (
 
 #: Everything above that optimizers know; a group may carry more (schedulers add ``initial_lr``), which is left alone.
 KNOWN = frozenset({*NUMBERS, *CHOICES, *STRUCTURE, "betas"})
+
+#: Settings of torch's optimizers that these have not.
+_OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+
+
+def check_names(group: ParamGroup, own: Sequence[str], kind: str) -> None:
+    """Raise ``ValueError`` for the first name in ``group`` that somebody took for a setting of ``kind``.
+
+    Its own are in ``own``. Names that are like none of them are left alone.
+    """
+    for name in group.keys() - {*own, "params"}:
+        (near,) = get_close_matches(str(name), KNOWN, n=1, cutoff=0.85) or (None,)
+        if near is not None or (name in _OF_TORCH and group[name]):
+            meant = f"did you mean {near!r}?" if near in own else f"{kind} has {sorted(own)}."
+            raise ValueError(f"{name}: is no setting of {kind} and would have no effect: {meant}")
 
 
 def check(group: ParamGroup) -> None:
