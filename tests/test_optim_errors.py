@@ -167,7 +167,7 @@ def test_a_parameter_has_one_group() -> None:
         optimizer.add_param_group([two])
     with (
         Untouched(optimizer),
-        pytest.raises(ValueError, match=r"wanted parameters in 'params', got a dict of \['lr'\]"),
+        pytest.raises(ValueError, match=r"wanted parameters in 'params', got \['lr'\]"),
     ):
         optimizer.add_param_group({"lr": 0.1})
 

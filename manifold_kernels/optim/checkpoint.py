@@ -89,7 +89,7 @@ def load_groups(saved: list[ParamGroup], current: list[ParamGroup], names: Seque
             raise ValueError(
                 f"state_dict: wanted {len(old['params'])} parameters in param group {index}, got {len(new['params'])}."
             )
-        kept = {name: old[name] for name in ("param_names", "names") if name in old}
+        kept: ParamGroup = {name: old[name] for name in ("param_names", "names") if name in old}
         try:
             groups.append({**settings.unpack(deepcopy(new)), **kept, "params": old["params"]})
         except ValueError as error:

@@ -52,9 +52,7 @@ class Planned(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: wanted a dict, got {type(param_group).__name__}.")
         if "params" not in param_group:
-            raise ValueError(
-                f"param_group: wanted parameters in 'params', got a dict of {sorted(map(str, param_group))}."
-            )
+            raise ValueError(f"param_group: wanted parameters in 'params', got {sorted(map(str, param_group))}.")
         settings.check_names(param_group, self._names, type(self).__name__)
         group = dict(param_group)
         given = frozenset(group)
