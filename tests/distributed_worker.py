@@ -371,8 +371,8 @@ def average_of_whole_weights() -> str:
 
 
 def zero(rank: int) -> dict[str, list[Tensor]]:
-    """Every rank steps some of the parameters and tells the others; saved after two steps, and loaded by optimizers that
-    have not stepped yet and that have."""
+    """Every rank steps some of the parameters and tells the others; saved after two steps, and loaded by optimizers
+    that have not stepped yet and that have."""
 
     def made() -> tuple[nn.Module, ZeroRedundancyOptimizer]:
         model = network()
