@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,6 +108,14 @@ def test_the_state_dict_is_plain_data() -> None:
 
     check(optimizer.state_dict())
     assert optimizer.state_dict()["param_groups"][0]["manifold"] == {"name": "stiefel", "scale": "unit"}
+
+
+def test_numbers_of_numpy_are_saved_as_pythons() -> None:
+    """A schedule that computes in NumPy leaves its numbers in the param groups."""
+    _, optimizer = make("adam_g")
+    optimizer.param_groups[0].update(lr=np.float64(0.125), betas=(np.float32(0.5), np.float64(0.75)))
+    saved = through_a_file(optimizer.state_dict())
+    assert (saved["param_groups"][0]["lr"], saved["param_groups"][0]["betas"]) == (0.125, (0.5, 0.75))
 
 
 def test_loading_copies() -> None:

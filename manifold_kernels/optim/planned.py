@@ -14,7 +14,7 @@ from manifold_kernels import fit, views
 from manifold_kernels.collection import Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, manifold
 from manifold_kernels.optim import constraint, gathering, operands, settings, sharding
-from manifold_kernels.optim.groups import check_parameter, joined, layout_of, refuse_shared, structure_of
+from manifold_kernels.optim.groups import check_new, check_parameter, joined, layout_of, structure_of
 from manifold_kernels.optim.settings import ParamGroup, on_manifold
 from manifold_kernels.plan import Group, Plan
 from manifold_kernels.views import Layout
@@ -60,7 +60,7 @@ class Planned(torch.optim.Optimizer):
             group["params"] = [group["params"]]
         elif not isinstance(group["params"], set):  # torch refuses sets: they have no order
             group["params"] = list(group["params"])
-            refuse_shared(group["params"], self.param_groups)
+            check_new(group["params"], self.param_groups)
         super().add_param_group(group)
         try:
             self._admit(group, given)

@@ -171,20 +171,28 @@ def tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tu
 def in_tensors(rows: Sequence[Sequence[float | Tensor]]) -> list[tuple[int, int, Tensor]]:
     """Row, column and tensor of every number in ``rows`` that is in one."""
     found = ((r, c, value) for r, row in enumerate(rows) for c, value in enumerate(row))
-    return [(r, c, value.detach()) for r, c, value in found if isinstance(value, Tensor)]
+    return [(r, c, value.detach().reshape(())) for r, c, value in found if isinstance(value, Tensor)]
 
 
 def pack(group: ParamGroup) -> ParamGroup:
-    """``group`` as plain data: its manifold becomes its name and fields, assignments become tensors.
+    """``group`` as plain data: its manifold becomes its name and fields, assignments tensors, numbers Python's.
 
     >>> from manifold_kernels.manifolds import Sphere
     >>> pack({"lr": 0.1, "manifold": Sphere(2.0)})
     {'lr': 0.1, 'manifold': {'name': 'sphere', 'scale': 2.0}}
     """
-    packed = {**group, "manifold": _pack_manifold(group["manifold"])}
+    numbers = {name: _pack_number(group[name]) for name in NUMBERS.keys() & group.keys()}
+    packed = {**group, **numbers, "manifold": _pack_manifold(group["manifold"])}
+    if "betas" in group:
+        packed["betas"] = tuple(map(_pack_number, group["betas"]))
     if group.get("assignments") is not None:
         packed["assignments"] = [{"groups": one.groups, "manifolds": one.manifolds} for one in group["assignments"]]
     return packed
+
+
+def _pack_number(value: Real | Tensor) -> Real | Tensor:
+    """Schedules may compute in NumPy, whose numbers ``weights_only=True`` does not load."""
+    return value if isinstance(value, (Tensor, int)) else float(value)
 
 
 def _pack_manifold(of: Manifold | Collection) -> dict[str, Any]:
