@@ -64,7 +64,7 @@ def _overlaps(parameter: Tensor) -> bool:
         return False
     places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in dims:
-        places = (places[:, None] + stride * torch.arange(size, device="cpu")).flatten().unique()
+        places = torch.unique(places[:, None] + stride * torch.arange(size, device="cpu"))
     return places.numel() < parameter.numel()
 
 

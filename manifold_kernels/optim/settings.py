@@ -190,7 +190,7 @@ def pack(group: ParamGroup) -> ParamGroup:
     return packed
 
 
-def _pack_number(value: Real | Tensor) -> Real | Tensor:
+def _pack_number(value: Any) -> float | Tensor:
     """Schedules may compute in NumPy, whose numbers ``weights_only=True`` does not load."""
     return value if isinstance(value, (Tensor, int)) else float(value)
 
