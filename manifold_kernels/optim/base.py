@@ -42,7 +42,8 @@ class ManifoldOptimizer(Stepping):
     ``state[p]`` has ``step``, the steps that the parameter's momentum is made of (all of its steps, where momentum is
     not switched on later), and the buffers, allocated when they are first needed; with ``master_weights`` the
     ``master`` of a 16-bit parameter, which lies on the manifold to float32 precision and is what steps. The parameter
-    is its rounding: to change such a weight by hand, change its master.
+    is its rounding: to change such a weight by hand, change its master. Buffers may be replaced by others of their
+    shape, as offloading does; parameters may by :meth:`rebind` alone.
 
     A ``torch.amp.GradScaler`` leaves its scale to the step and skips a step of infinite gradients without waiting.
 
