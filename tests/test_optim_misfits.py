@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_optim_checkpoint import assert_same_bits, listed, make, through_a_file, train
 
+from manifold_kernels import FGSGD, param_groups
 from manifold_kernels.plan import GROUP_COLUMNS
 
 
@@ -51,10 +52,10 @@ MISFITS: list[tuple[Spoil, str]] = [
     (lambda s: column(s, "hyper").add_(1), "plan: group 0 has hyper 1"),
     (lambda s: column(s, "rule").fill_(1), "plan: group 0 has rule 1"),
     (lambda s: column(s, "view").fill_(9), "plan: group 0 has view 9"),
-    (lambda s: column(s, "retraction").fill_(5), "plan: group 1 has retraction 5"),
+    (lambda s: column(s, "retraction").fill_(5), "plan: group 0 has retraction 5"),
     (lambda s: column(s, "scale").add_(1), "plan: group 2 has scale 3"),
     (lambda s: column(s, "scale").sub_(1), "plan: group 0 has scale -1"),
-    (lambda s: column(s, "count")[:1].add_(1), "plan: group 0 ends at component 9"),
+    (lambda s: column(s, "count")[:1].add_(1), "plan: group 0 has count 9, the optimizer's param groups say 8"),
     (lambda s: s["plan"]["scales"].neg_(), "plan: wanted finite scales > 0"),
     (lambda s: s["plan"]["scales"].mul_(2), "off its manifold"),
     (lambda s: s.update(nonfinite=s["nonfinite"][:1]), "wanted nonfinite as 3 counts in int64"),
@@ -120,6 +121,17 @@ def test_assignments_are_looked_at_before_they_are_indexed(junk: object) -> None
         with pytest.raises(ValueError, match="assignments: wanted a list of dicts of 'groups' and 'manifolds'"):
             optimizer.load_state_dict(saved)
     assert not said
+
+
+def test_a_state_of_another_model_names_what_differs_first() -> None:
+    """A filter more makes two kernels more; without a momentum the plan is all that knows of it."""
+    for momentum in (0.9, 0.0):
+        convs = [torch.nn.Conv2d(2, outputs, 3, bias=False) for outputs in (4, 5)]
+        four, five = (FGSGD(param_groups(conv, "stiefel"), lr=0.1, momentum=momentum) for conv in convs)
+        convs[0].weight.grad = torch.ones_like(convs[0].weight)
+        four.step()
+        with pytest.raises(ValueError, match="plan: group 0 has count 8, the optimizer's param groups say 10"):
+            five.load_state_dict(four.state_dict())
 
 
 def test_a_state_of_another_rule_is_refused() -> None:

@@ -140,6 +140,30 @@ def test_rebinding_after_parameters_were_swapped_goes_on(steps: int) -> None:
     assert same(replaced, twin)
 
 
+@pytest.mark.parametrize("when", ["before the first step", "with gradients", "with zeros"])
+def test_parameters_that_were_replaced_in_their_model_are_refused_whatever_their_gradients(when: str) -> None:
+    """Gradients from before, or the zeros of ``zero_grad(set_to_none=False)``, would be stepped in silence for ever."""
+    model = network()
+    optimizer = KINDS["stiefel"](model)
+    if when != "before the first step":
+        train(model, optimizer, range(2))
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    if when == "with zeros":
+        optimizer.zero_grad(set_to_none=False)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [parameter.detach().clone() for parameter in held]
+    with pytest.raises(ValueError, match=r"0\.weight.* was replaced in its model.*rebind\(model\)"):
+        train(model, optimizer, range(2, 3))
+    assert all(torch.equal(p, old) for p, old in zip(held, before, strict=True))
+    assert len(optimizer.state_dict()["state"]) == len(optimizer.state)
+    with pytest.raises(ValueError, match="was replaced"):  # also after it was saved
+        train(model, optimizer, range(2, 3))
+    optimizer.rebind(model)
+    train(model, optimizer, range(2, 4))
+    with pytest.raises(TypeError, match=r"model: wanted a torch\.nn\.Module, got NoneType"):
+        optimizer.rebind(None)
+
+
 def test_copies_of_an_optimizer_know_their_own_parameters() -> None:
     model = network()
     optimizer = KINDS["stiefel"](model)

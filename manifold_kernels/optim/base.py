@@ -99,7 +99,7 @@ class ManifoldOptimizer(Stepping):
         their scales) and ``nonfinite``. Tensors are the optimizer's own, as in torch: clone them to keep a snapshot.
         """
         if self.state:  # a buffer that a changed setting asks for belongs to the state
-            self._init_group()
+            self._init_group(to_step=False)
         saved = super().state_dict()
         saved["param_groups"] = [settings.pack(group) for group in saved["param_groups"]]
         return {**saved, **checkpoint.extras(self.plan, self._nonfinite)}
@@ -186,6 +186,8 @@ class ManifoldOptimizer(Stepping):
         >>> optimizer.param_groups[0]["params"][0] is model[0].weight
         True
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}.")
         self._check_members(same=False)
         found = dict(model.named_parameters(remove_duplicate=False))
         for position, name in enumerate(self.parameter_names()):

@@ -102,17 +102,11 @@ def load_plan(saved: dict[str, Any], expected: Plan, parameters: Sequence[Tensor
     for name in _PLAN:
         check_memory(f"state_dict: plan[{name!r}]", saved["plan"].get(name))
     plan = Plan(*(saved["plan"][name].detach().clone() for name in _PLAN))
+    if plan.groups.shape == expected.groups.shape:
+        _check_same(plan, expected)
     plan.check(parameters)
     if plan.groups.shape != expected.groups.shape:
         raise ValueError(f"state_dict: wanted a plan of {len(expected.groups)} groups, got {len(plan.groups)}.")
-    for name in _AGREE:
-        wrong = (plan.column(name) != expected.column(name)).nonzero()
-        if wrong.numel():
-            row = int(wrong[0])
-            raise ValueError(
-                f"state_dict: plan: group {row} has {name} {int(plan.column(name)[row])}, the optimizer's param groups "
-                f"say {int(expected.column(name)[row])}. Load into an optimizer made as the saved one was."
-            )
     if not torch.equal(plan.components, expected.components):
         raise ValueError("state_dict: plan: components are not those that the param groups assign.")
     nonfinite = saved["nonfinite"]
@@ -124,6 +118,17 @@ def load_plan(saved: dict[str, Any], expected: Plan, parameters: Sequence[Tensor
             f"{tuple(nonfinite.shape)} {nonfinite.tolist()[:8]}."
         )
     return plan, nonfinite.detach().to("cpu", copy=True).contiguous()
+
+
+def _check_same(plan: Plan, expected: Plan) -> None:
+    for name in _AGREE:
+        wrong = (plan.column(name) != expected.column(name)).nonzero()
+        if wrong.numel():
+            row = int(wrong[0])
+            raise ValueError(
+                f"state_dict: plan: group {row} has {name} {int(plan.column(name)[row])}, the optimizer's param groups "
+                f"say {int(expected.column(name)[row])}. Load into an optimizer made as the saved one was."
+            )
 
 
 def load_state(

@@ -53,7 +53,6 @@ class Planned(torch.optim.Optimizer):
             raise TypeError(f"param_group: wanted a dict, got {type(param_group).__name__}.")
         if "params" not in param_group:
             raise ValueError(f"param_group: wanted parameters in 'params', got {sorted(map(str, param_group))}.")
-        settings.check_names(param_group, self._names, type(self).__name__)
         group = dict(param_group)
         given = frozenset(group)
         if isinstance(group["params"], Tensor):
@@ -77,6 +76,7 @@ class Planned(torch.optim.Optimizer):
             self._settle(group, given)
             settings.check(group)
             self._check_manifold(group)
+            settings.check_names(group, given, self._names, type(self).__name__)
         except (ValueError, TypeError) as error:
             raise type(error)(f"param group {index}: {error}") from None
         first = len(self._all_parameters()) - len(group["params"])

@@ -65,12 +65,12 @@ KNOWN = frozenset({*NUMBERS, *CHOICES, *STRUCTURE, "betas"})
 _OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
 
 
-def check_names(group: ParamGroup, own: Sequence[str], kind: str) -> None:
-    """Raise ``ValueError`` for the first name in ``group`` that somebody took for a setting of ``kind``.
+def check_names(group: ParamGroup, given: Set[str], own: Sequence[str], kind: str) -> None:
+    """Raise ``ValueError`` for the first name ``given`` in ``group`` that somebody took for a setting of ``kind``.
 
     Its own are in ``own``. Names that are like none of them are left alone.
     """
-    for name in group.keys() - {*own, "params"}:
+    for name in given - {*own, "params"}:
         (near,) = get_close_matches(str(name), KNOWN, n=1, cutoff=0.85) or (None,)
         if near is not None or (name in _OF_TORCH and group[name]):
             meant = f"did you mean {near!r}?" if near in own else f"{kind} has {sorted(own)}."
