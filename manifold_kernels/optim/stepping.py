@@ -259,8 +259,8 @@ class Stepping(Planned):
         self._homes = [[each[column] for each in homes] for column in range(3)]
         self._states = len(self.state)
         self._entries = {name for state in self.state.values() for name in state} - {"step"} or {"step"}
-        buffers = (state.get(name) for name in self._entries for state in self.state.values())
-        self._found = [*parameters, *self._homes[2], *buffers]
+        kept = [state.get(name) for name in self._entries for state in self.state.values()]
+        self._found = [*parameters, *self._homes[2], *kept]
 
     def _master(self, position: int, parameter: Tensor, gathered: bool) -> Tensor:
         """The float32 master of a 16-bit parameter: on the manifold as closely as float32 allows."""
