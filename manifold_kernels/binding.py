@@ -19,6 +19,16 @@ def remember(parameter: Tensor, module: nn.Module, name: str) -> None:
     _HOMES[parameter] = weakref.ref(module), name
 
 
+def home(parameter: Tensor) -> tuple[dict[str, nn.Parameter | None], str] | None:
+    """The parameters of the module that ``parameter`` was put into, and its name there; None where that is not known or
+    the module is gone."""
+    if parameter not in _HOMES:
+        return None
+    module, name = _HOMES[parameter]
+    found = module()
+    return None if found is None else (found._parameters, name)
+
+
 def is_replaced(parameter: Tensor) -> bool:
     """Whether another parameter has taken the place of ``parameter``; False where its module is not known or gone.
 
@@ -31,10 +41,10 @@ def is_replaced(parameter: Tensor) -> bool:
     >>> is_replaced(weight)
     True
     """
-    if parameter not in _HOMES:
+    found = home(parameter)
+    if found is None:
         return False
-    home, name = _HOMES[parameter]
-    module = home()
+    parameters, name = found
     # A parametrization moves its parameter to a module of its own and leaves nothing behind.
-    now = None if module is None else module._parameters.get(name)
+    now = parameters.get(name)
     return now is not None and now is not parameter

@@ -185,7 +185,7 @@ class _Dealer:
         grid = np.empty(outputs * inputs, dtype=np.int64)
         for group, members in enumerate(self.groups):
             grid[members] = group
-        return Assignment(torch.from_numpy(grid.reshape(outputs, inputs)), torch.tensor(self.owners))
+        return Assignment(torch.from_numpy(grid.reshape(outputs, inputs)), torch.tensor(self.owners, device="cpu"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -211,7 +211,7 @@ class Assignment:
                 raise ValueError(f"assignment: wanted {name} as an int64 tensor of {dims} dimensions, got {got}.")
             object.__setattr__(self, name, tensor.detach().cpu().contiguous())
         found = torch.unique(self.groups)
-        if not torch.equal(found, torch.arange(self.manifolds.numel())):
+        if not torch.equal(found, torch.arange(self.manifolds.numel(), device="cpu")):
             raise ValueError(
                 f"assignment: wanted components in each of {self.manifolds.numel()} groups, numbered from 0, got the "
                 f"groups {found.tolist()[:8]}."

@@ -161,7 +161,7 @@ def verify_scale_invariant(model: nn.Module, *inputs: Any, tolerance: float = 1e
         twin.load_state_dict(state)
         layer = twin.get_submodule(name.rpartition(".")[0])
         vectors = components(layer.weight.detach(), layout(layer, "filter", normalization.rows))  # type: ignore[operator]
-        factors = 0.5 + torch.rand(vectors.shape[:2], generator=generator, dtype=torch.float64)
+        factors = 0.5 + torch.rand(vectors.shape[:2], generator=generator, dtype=torch.float64, device="cpu")
         vectors.mul_(factors.to(vectors.device).reshape(*factors.shape, *(1,) * (vectors.dim() - 2)))
         got = _outputs(twin, inputs)
         change = max((float((a - b).abs().max()) for a, b in zip(got, want, strict=True) if a.numel()), default=0.0)

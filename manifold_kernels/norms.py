@@ -210,15 +210,15 @@ def _measured(plan: Plan, rows: list[int], position: int, name: str, manifold: s
     layout = plan.layout(rows[0])
     shape = shape_of(weight, layout)
     batch = matrices(weight.detach(), layout).double()
-    scale_of = torch.empty(shape.count, dtype=torch.float64)
+    scale_of = torch.empty(shape.count, dtype=torch.float64, device="cpu")
     individual = plan.groups[:, GROUP_COLUMNS.index("individual")].tolist()
     sized: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for row in rows:
         members = plan.members(row)
         scale_of[members] = plan.scale(row)
         members = members.reshape(-1, 1) if individual[row] else members.reshape(1, -1)
-        sized.setdefault(members.shape[1], []).append((members, torch.full((members.shape[0],), row)))
-    factors = torch.tensor(norm_bounds(manifold, shape.n, shape.p), dtype=torch.float64)
+        sized.setdefault(members.shape[1], []).append((members, torch.full((members.shape[0],), row, device="cpu")))
+    factors = torch.tensor(norm_bounds(manifold, shape.n, shape.p), dtype=torch.float64, device="cpu")
     found: list[tuple[Tensor, ...]] = []
     for groups in sized.values():
         members = torch.cat([each for each, _ in groups])

@@ -60,12 +60,12 @@ def draw_partition(of: Collection, assignment: Assignment, path: Path | str, tit
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("draw_partition: needs matplotlib. Install it: `pip install matplotlib`.") from error
-    hues = torch.tensor([colormaps["tab10"](position % 10)[:3] for position in range(len(of.manifolds))])
+    hues = torch.tensor([colormaps["tab10"](position % 10)[:3] for position in range(len(of.manifolds))], device="cpu")
     shades = hues.new_ones(assignment.manifolds.numel(), 3)
     for position, hue in enumerate(hues):
         own = (assignment.manifolds == position).nonzero().flatten()
         # From the manifold's own colour to one with three fifths of white.
-        white = torch.linspace(0, 0.6, max(own.numel(), 1))[: own.numel(), None]
+        white = torch.linspace(0, 0.6, max(own.numel(), 1), device="cpu")[: own.numel(), None]
         shades[own] = hue + (1 - hue) * white
     outputs, inputs = assignment.groups.shape
     height = min(max(1.5 + 0.3 * outputs, 2.5), 9.0)

@@ -160,9 +160,9 @@ class Plan:
             n_scales += scale.numel()
             scales.append(scale)
         plan = Plan(
-            torch.tensor(rows, dtype=torch.int64).reshape(-1, len(GROUP_COLUMNS)),
-            torch.cat(listed) if listed else torch.empty(0, dtype=torch.int64),
-            torch.cat(scales) if scales else torch.empty(0, dtype=torch.float64),
+            torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(GROUP_COLUMNS)),
+            torch.cat(listed) if listed else torch.empty(0, dtype=torch.int64, device="cpu"),
+            torch.cat(scales) if scales else torch.empty(0, dtype=torch.float64, device="cpu"),
         )
         plan.check(parameters)
         return plan
@@ -184,7 +184,7 @@ class Plan:
         at = dict(zip(GROUP_COLUMNS, self.groups[row].tolist(), strict=True))
         if at["listed"]:
             return self.components[at["first"] : at["first"] + at["count"]]
-        return torch.arange(at["first"], at["first"] + at["count"])
+        return torch.arange(at["first"], at["first"] + at["count"], device="cpu")
 
     def scale(self, row: int) -> Tensor:
         """The scales of the components of group ``row`` (one element where they share it)."""
@@ -212,7 +212,7 @@ class Plan:
         # Rows of one scale get one a component at the end of the tensor; those that have them are overwritten.
         groups, kept, end = self.groups.clone(), self.scales.clone(), self.scales.numel()
         added: list[Tensor] = []
-        ratios = torch.ones(total, dtype=torch.float64)
+        ratios = torch.ones(total, dtype=torch.float64, device="cpu")
         for row in moving:
             members = self.members(row)
             new = wanted[members]

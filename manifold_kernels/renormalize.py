@@ -265,7 +265,7 @@ class _Weight:
         fan_in = inputs * math.prod(self.weight.shape[2:])
         gamma = 1 / math.sqrt(fan_in + self.seen.positions * outputs)
         if first:
-            return torch.full((self.shape.count,), gamma, dtype=torch.float64)
+            return torch.full((self.shape.count,), gamma, dtype=torch.float64, device="cpu")
         deviation = self.seen.variance.double().cpu().sqrt().clamp(min=1)
         # The inputs of every output, (outputs, inputs): those of its channel group.
         entering = deviation.reshape(self.groups, 1, inputs).expand(-1, outputs // self.groups, -1).flatten(0, 1)

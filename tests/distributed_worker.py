@@ -5,6 +5,7 @@ They meet in a file, talk over gloo, and leave what they found in ``FOLDER/RANK-
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from manifold_kernels import FGSGD, PSISGD, AdamG, param_groups, partition
-from manifold_kernels.manifolds import Euclidean
+from manifold_kernels.manifolds import Euclidean, Stiefel
 from manifold_kernels.optim import ManifoldOptimizer, project_average_
 
 WORLD = 2
@@ -369,19 +370,43 @@ def average_of_whole_weights() -> str:
     return ""
 
 
-def zero(rank: int) -> list[Tensor]:
-    """Every rank steps some of the parameters and tells the others."""
-    model = network()
-    groups = [
-        {name: value for name, value in group.items() if name not in ("names", "param_names")}
-        for group in param_groups(model, "stiefel")
-    ]
-    optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=FGSGD, lr=0.5, momentum=0.9)
-    for number in range(4):
-        for parameter, grad in zip(model.parameters(), gradients(model, number), strict=True):
-            parameter.grad = grad
-        optimizer.step()
-    return [whole(parameter) for parameter in model.parameters()]
+def zero(rank: int) -> dict[str, list[Tensor]]:
+    """Every rank steps some of the parameters and tells the others; saved after two steps, and loaded by optimizers
+    that have not stepped yet and that have."""
+
+    def made() -> tuple[nn.Module, ZeroRedundancyOptimizer]:
+        model = network()
+        groups = [
+            {name: value for name, value in group.items() if name not in ("names", "param_names")}
+            for group in param_groups(model, "stiefel")
+        ]
+        return model, ZeroRedundancyOptimizer(groups, optimizer_class=FGSGD, lr=0.5, momentum=0.9)
+
+    def train(model: nn.Module, optimizer: ZeroRedundancyOptimizer, numbers: range) -> None:
+        for number in numbers:
+            for parameter, grad in zip(model.parameters(), gradients(model, number), strict=True):
+                parameter.grad = grad
+            optimizer.step()
+
+    model, optimizer = made()
+    train(model, optimizer, range(2))
+    optimizer.consolidate_state_dict()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()} if rank == 0 else None, file)
+    files = [file.getvalue()]
+    dist.broadcast_object_list(files)
+    train(model, optimizer, range(2, 4))
+    found = {"trained": [whole(parameter) for parameter in model.parameters()]}
+    for name, before in (("resumed", 0), ("gone back", 2)):
+        model, optimizer = made()
+        train(model, optimizer, range(before))
+        with torch.serialization.safe_globals([Euclidean, Stiefel]):  # torch's wrapper saves groups as they are
+            saved = torch.load(io.BytesIO(files[0]), weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        train(model, optimizer, range(2, 4))
+        found[name] = [whole(parameter) for parameter in model.parameters()]
+    return found
 
 
 def two(rank: int, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from torch import nn
 from torch.func import functional_call, grad
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from manifold_kernels import FGSGD, PSISGD, SGDG, AdamG, param_groups, partition
+from manifold_kernels import (
+    FGSGD,
+    PSISGD,
+    SGDG,
+    AdamG,
+    Renormalizer,
+    param_groups,
+    partition,
+    verify_scale_invariant,
+)
+from manifold_kernels.norms import weight_norms
 from manifold_kernels.optim import project_average_, pure
 
 
@@ -26,7 +36,7 @@ def loss_of(model: nn.Module, batch: int) -> torch.Tensor:
 
 MAKERS = {
     "stiefel": lambda model: FGSGD(param_groups(model, "stiefel", linear="sphere"), lr=0.5, momentum=0.9),
-    "oblique": lambda model: FGSGD(param_groups(model, "oblique"), lr=torch.tensor(0.5), momentum=0.9),
+    "oblique": lambda model: FGSGD(param_groups(model, "oblique"), lr=torch.tensor(0.5, device="cpu"), momentum=0.9),
     "pio": lambda model: FGSGD(partition(model, "pio", ["sphere", "stiefel", None]), lr=0.5),
     "psi": lambda model: PSISGD(param_groups(model, "scale_invariant"), lr=0.1, momentum=0.9),
     "sgd_g": lambda model: SGDG(param_groups(model, "grassmann"), lr=0.1),
@@ -112,3 +122,49 @@ def test_clipping_the_norm_of_gradients() -> None:
     optimizer.step()
     found = optimizer.diagnostics()
     assert bool((found.norm <= 0.5 * (1 + 1e-5)).all())  # a projection makes nothing longer
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_default_device_is_not_where_tables_go(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.set_default_device("cuda")`` at the top of a script, here with a device that has no memory: everything is
+    made, stepped, saved and loaded with the bits of a training without."""
+    monkeypatch.setenv("MANIFOLD_KERNELS_BACKEND", backend)
+
+    def train(device: str) -> list[torch.Tensor]:
+        model = network()
+        inputs = [torch.randn(8, 2, 5, 5, generator=torch.Generator().manual_seed(batch)) for batch in range(4)]
+        with torch.device(device):
+            optimizer = MAKERS[name](model)
+            for x in inputs:
+                optimizer.zero_grad()
+                (model(x) - 1).square().mean().backward()
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.rebind(model)
+            average = AveragedModel(model)
+            project_average_(average, optimizer)
+            params, state = pure.initial(optimizer)
+            params, _ = pure.step(optimizer, params, {key: p.grad for key, p in model.named_parameters()}, state)
+            optimizer.check()
+            norms = [each.components for each in weight_norms(optimizer)]
+        return [*model.parameters(), *average.module.parameters(), *params.values(), *norms]
+
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(train("cpu"), train("meta"), strict=True))
+
+
+def test_a_default_device_is_not_where_scales_go() -> None:
+    def renormalized(device: str) -> torch.Tensor:
+        model, x = network(), torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+        with torch.device(device):
+            optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.5, diagnostics=True)
+            renormalizer = Renormalizer(model, optimizer)
+            renormalizer.trace(x)
+            renormalizer.step()
+            model(x).square().mean().backward()
+            optimizer.step()
+            found = optimizer.diagnostics()
+            verify_scale_invariant(model, x)
+        return torch.cat([model[0].weight.detach().double().flatten(), found.norm, found.tau, found.component])
+
+    assert torch.equal(renormalized("cpu"), renormalized("meta"))

@@ -139,11 +139,18 @@ junk = st.one_of(
 )
 
 
+def spoiled(tensor: Tensor, data: st.DataObject) -> Tensor:
+    """``tensor`` with another number at one place."""
+    flat = tensor.clone().flatten()
+    flat[data.draw(st.integers(0, flat.numel() - 1))] = data.draw(doubles if flat.is_floating_point() else numbers)
+    return flat.view(tensor.shape)
+
+
 @given(st.data())
-@profile(max_examples=300)
+@profile(max_examples=600)
 def test_a_state_with_junk_in_it_is_refused_or_harmless(data: st.DataObject) -> None:
-    """One entry of a saved state becomes something else, or is gone. Loading raises ``ValueError`` or ``TypeError`` and
-    leaves the optimizer as it was, or the next steps are those of a state that is well-formed."""
+    """One entry or number of a saved state becomes something else, or is gone. Loading raises ``ValueError`` or
+    ``TypeError`` and leaves the optimizer as it was, or the next steps are those of a state that is well-formed."""
     torch.set_num_threads(1)
     optimizer = trained()[data.draw(st.integers(0, 2))]
     saved = copy.deepcopy(optimizer.state_dict())
@@ -152,7 +159,10 @@ def test_a_state_with_junk_in_it_is_refused_or_harmless(data: st.DataObject) -> 
     holder = saved
     for key in path[:-1]:
         holder = holder[key]
-    if data.draw(st.booleans()) and isinstance(holder, dict):
+    found = holder[path[-1]]
+    if isinstance(found, Tensor) and found.numel() and data.draw(st.booleans()):
+        holder[path[-1]] = spoiled(found, data)
+    elif data.draw(st.booleans()) and isinstance(holder, dict):
         del holder[path[-1]]
     else:
         holder[path[-1]] = data.draw(junk)

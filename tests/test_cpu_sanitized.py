@@ -39,7 +39,7 @@ call(compiled, run, [grad], Plan.build(rows, [weight]), hyper_table([{}]))
 SHARED = """
 import torch
 from manifold_kernels import functional
-from test_cpu_contract import LARGE, large_run
+from test_cpu_threads import LARGE, large_run
 
 torch.set_num_threads(3)
 if {case} < len(LARGE):
@@ -121,8 +121,9 @@ def test_steps_under_sanitizers(tmp_path: Path) -> None:
     }
     seeded = run(tmp_path, "-c", FREED, **options)
     assert "ERROR: AddressSanitizer" in seeded.stderr, seeded.stdout + seeded.stderr[-4000:]
-    # Profilers and processor times are not what this is about.
-    chosen = selected("not allocates_nothing and not share_a_step", "test_cpu_kernels.py", "test_cpu_contract.py")
+    # Processor times are not what this is about.
+    files = ("kernels", "degenerate", "arguments", "threads")
+    chosen = selected("not share_a_step", *(f"test_cpu_{name}.py" for name in files))
     done = run(tmp_path, *chosen, **options)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
@@ -152,7 +153,7 @@ def test_threads_under_sanitizers(tmp_path: Path) -> None:
             each.unlink()
     chosen = "number_of_threads or os_threads or optimizers_in_threads or same_bits_anywhere"
     done = run(
-        tmp_path, *selected(chosen, "test_cpu_contract.py", "test_contract.py", "test_functional_qr.py"), **options
+        tmp_path, *selected(chosen, "test_cpu_threads.py", "test_contract.py", "test_functional_qr.py"), **options
     )
     reports = [each.read_text() for each in tmp_path.glob("said.*")]
     assert done.returncode == 0 and not reports, done.stdout[-6000:] + "".join(reports)[-6000:]

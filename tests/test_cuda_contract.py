@@ -1,5 +1,6 @@
-"""The contract of a step, as ``test_cpu_contract`` has it, kept by the CUDA kernels under the emulator; and what only
-they have: scaled gradients, launches whose number does not depend on the number of tensors, blocks in any order."""
+"""The contract of a step, as ``test_cpu_degenerate``, ``_arguments`` and ``_threads`` have it, kept by the CUDA kernels
+under the emulator; and what only they have: scaled gradients, launches whose number does not depend on the number of
+tensors, blocks in any order."""
 
 from __future__ import annotations
 
@@ -9,28 +10,32 @@ from dataclasses import replace
 
 import cuda_emulated
 import pytest
-import test_cpu_contract as contract
+import test_cpu_arguments as arguments
+import test_cpu_degenerate as degenerate
+import test_cpu_threads as threads
 import torch
-from cpu_lockstep import DTYPES, FG, assert_same_bits, name_of, one_group
+from cpu_lockstep import DTYPES, FG, assert_same_bits, call, clone, name_of, one_group
 from cuda_emulated import launched, set_schedule, step_
 from stepping import Run, group, hyper_table, place_, start
-from test_cpu_contract import (  # noqa: F401  the tests themselves
+from test_cpu_arguments import (  # noqa: F401  the tests themselves
     test_buffers_are_not_read_before_the_first_step_nor_used_without_momentum,
     test_every_retraction_has_its_kernel,
-    test_huge_gradients,
-    test_momentum_that_float16_cannot_hold,
     test_negative_and_conjugate_views_are_read_as_what_they_say,
-    test_neighbours_of_a_huge_gradient_keep_their_bits,
-    test_neighbours_of_a_non_finite_gradient_keep_their_bits,
     test_nothing_to_do,
-    test_os_threads_are_left_alone,
-    test_psi_keeps_what_cannot_be_stored,
-    test_steps_that_lose_the_weight,
     test_the_valid_call_is_valid,
     test_wrong_arguments_raise_before_anything_is_written,
+)
+from test_cpu_degenerate import (  # noqa: F401  the tests themselves
+    test_huge_gradients,
+    test_momentum_that_float16_cannot_hold,
+    test_neighbours_of_a_huge_gradient_keep_their_bits,
+    test_neighbours_of_a_non_finite_gradient_keep_their_bits,
+    test_psi_keeps_what_cannot_be_stored,
+    test_steps_that_lose_the_weight,
     test_zero_and_denormal_gradients,
     test_zero_weights,
 )
+from test_cpu_threads import test_os_threads_are_left_alone  # noqa: F401
 from torch import Tensor
 
 from manifold_kernels.manifolds import Euclidean, Sphere, Stiefel
@@ -64,7 +69,8 @@ ENGINES = [
 @pytest.fixture(autouse=True)
 def _by_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(contract, "compiled", step_)
+    for tests in (arguments, degenerate, threads):
+        monkeypatch.setattr(tests, "compiled", step_)
     set_schedule(0)
 
 
@@ -126,7 +132,7 @@ def test_an_overflow_leaves_everything_as_it_was(engine: tuple[str, str, tuple[i
         run = start([weight], rows, hyper, fill=math.nan)
         if not first_step:
             step(run, [small(torch.randn_like(weight), engine[0])], rows, hyper)
-        before = contract.clone(run)
+        before = clone(run)
         grad = torch.randn_like(weight)
         grad.view(-1)[3] = math.inf
         step(run, [grad], rows, hyper, grad_scale=torch.tensor(1024.0), found_inf=torch.ones(1))
@@ -227,8 +233,8 @@ def test_a_schedule_follows_memory_and_scales() -> None:
         if number == 2:
             plan.scales.fill_(2.0)
         grads = [given, torch.randn(3, 2, 3, 3)]
-        contract.call(step_, run, grads, plan, table)
-        contract.call(reference.step_, other, grads, plan, table)
+        call(step_, run, grads, plan, table)
+        call(reference.step_, other, grads, plan, table)
         for got, want in zip(run.params, other.params, strict=True):
             # A few steps of a few dozen roundings each.
             assert torch.allclose(got, want, rtol=0, atol=200 * torch.finfo(torch.float32).eps)

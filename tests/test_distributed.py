@@ -217,7 +217,8 @@ def test_gradients_that_are_cut_otherwise_are_brought_in_line(ranks: tuple[Path,
 
 
 def test_zero_redundancy_steps_as_the_whole(ranks: tuple[Path, list[Found]]) -> None:
-    """ZeRO gives whole parameters to ranks: the same bits."""
+    """ZeRO gives whole parameters to ranks: the same bits, also after its own way of loading a state, which is to put
+    other buffers into the optimizers of the ranks."""
     model = worker.network()
     optimizer = FGSGD(param_groups(model, "stiefel"), lr=0.5, momentum=0.9)
     for number in range(4):
@@ -225,4 +226,5 @@ def test_zero_redundancy_steps_as_the_whole(ranks: tuple[Path, list[Found]]) -> 
             parameter.grad = grad
         optimizer.step()
     for found in ranks[1]:
-        assert all(torch.equal(a, b) for a, b in zip(found["zero"], model.parameters(), strict=True))
+        for weights in found["zero"].values():
+            assert same(weights, list(model.parameters()))

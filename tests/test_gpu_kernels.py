@@ -1,4 +1,5 @@
-"""The CUDA kernels on a GPU against the reference: the tests of the CPU's steps, their contract and decompositions.
+"""The CUDA kernels on a GPU against the reference: the tests of the CPU's steps, their arguments, degenerate input and
+decompositions.
 
 Tensors lie on the CPU in those tests. ``step_`` takes their storages to the GPU, whole, so that every address keeps its
 alignment and every gap its content, steps there, and brings the storages back.
@@ -10,15 +11,18 @@ from collections.abc import Sequence
 from functools import partial
 
 import pytest
-import test_cpu_contract as contract
+import test_cpu_arguments as arguments
+import test_cpu_degenerate as degenerate
 import test_cpu_kernels as suite
 import test_functional_qr as functional_qr
 import torch
 from cpu_lockstep import check
 from matrix_families import families
-from test_cpu_contract import (  # noqa: F401  the tests themselves
+from test_cpu_arguments import (  # noqa: F401  the tests themselves
     test_buffers_are_not_read_before_the_first_step_nor_used_without_momentum,
     test_every_retraction_has_its_kernel,
+)
+from test_cpu_degenerate import (  # noqa: F401  the tests themselves
     test_huge_gradients,
     test_momentum_that_float16_cannot_hold,
     test_neighbours_of_a_huge_gradient_keep_their_bits,
@@ -71,7 +75,8 @@ def step_(*arguments: Sequence[Tensor | None] | Tensor | None) -> None:
 def _on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "check", partial(check, step=step_))
     monkeypatch.setattr(suite, "compiled", step_)
-    monkeypatch.setattr(contract, "compiled", step_)
+    monkeypatch.setattr(arguments, "compiled", step_)
+    monkeypatch.setattr(degenerate, "compiled", step_)
 
 
 @pytest.mark.parametrize("dtype", functional_qr.DTYPES)

@@ -133,6 +133,9 @@ GROUPS = [
     ({"params": [nn.Parameter(torch.eye(2).to_sparse())]}, "layout: wanted a dense"),
     ({"params": [nn.Parameter(torch.empty(2, device="meta"))]}, "device: wanted cpu, .* got meta"),
     ({"params": [nn.Parameter(torch.ones(2, 1).expand(2, 3))]}, "strides: wanted .* Clone it"),
+    ({"params": [nn.Parameter(torch.ones(10).as_strided((4, 3), (2, 1)))]}, "strides: wanted .* Clone it"),
+    ({"params": [nn.Parameter(torch.ones(20).as_strided((4, 3), (2, 3)))]}, "strides: wanted .* Clone it"),
+    ({"params": nn.LazyLinear(3).parameters()}, "params: wanted initialised parameters, got a lazy one at 0"),
     ({"params": [conv(Sphere(2.0))], "manifold": Sphere(1.0)}, "off its manifold. Wanted sphere .* Project"),
     ({"params": [conv(Oblique()).data.fill_(math.nan)], "manifold": Oblique()}, "off its manifold"),
     ({"params": [plain()], "lr": -1.0}, "param group 1: lr: wanted"),
@@ -165,6 +168,34 @@ def test_a_parameter_has_one_group() -> None:
         optimizer.add_param_group({"params": {two}})
     with Untouched(optimizer), pytest.raises(TypeError, match="param_group: wanted a dict"):
         optimizer.add_param_group([two])
+    with (
+        Untouched(optimizer),
+        pytest.raises(ValueError, match=r"wanted parameters in 'params', got \['lr'\]"),
+    ):
+        optimizer.add_param_group({"lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"manifld": "stiefel"}, "manifld: is no setting of FGSGD and would have no effect: did you mean 'manifold'"),
+        ({"nestrov": True}, "did you mean 'nesterov'"),
+        ({"betas": (0.9, 0.99)}, r"betas: is no setting of FGSGD and would have no effect: FGSGD has \['assignments'"),
+        ({"fused": True}, "fused: is no setting of FGSGD"),
+        ({"capturable": True}, "capturable: is no setting of FGSGD"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(entry: dict, message: str) -> None:
+    optimizer = FGSGD([plain()], lr=0.1, **REFERENCE)
+    with Untouched(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [plain()], **entry})
+
+
+def test_entries_of_others_are_left_alone() -> None:
+    """Schedulers and trainers keep numbers of their own in param groups; torch writes None for what is not chosen."""
+    entries = {"name": "head", "initial_lr": 1.0, "lr_scale": 0.5, "max_momentum": 0.9, "fused": None, "foreach": None}
+    optimizer = FGSGD([{"params": [plain()], **entries}], lr=0.1, **REFERENCE)
+    assert entries.items() <= optimizer.param_groups[0].items()
 
 
 @pytest.mark.parametrize("kind", [PSISGD, SGDG, AdamG])

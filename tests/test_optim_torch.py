@@ -135,6 +135,17 @@ def test_a_learning_rate_in_a_tensor_may_change_in_place(backend: str) -> None:
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_tensor_of_one_element_may_have_any_shape(backend: str, shape: tuple[int, ...]) -> None:
+    weight, rate = nn.Parameter(torch.ones(2)), torch.full(shape, 0.5)
+    optimizer = FGSGD([weight], lr=rate, backend=backend)
+    for value, expected in ((0.5, 0.5), (0.25, 0.25)):
+        rate.fill_(value)
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        assert weight.tolist() == [expected] * 2
+
+
 def test_settings_may_change_between_steps(backend: str) -> None:
     # Momentum off, on (with dampening: the first step with momentum takes the gradient itself), off, on again.
     ours, theirs = parameters(4), parameters(4)

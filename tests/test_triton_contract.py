@@ -1,4 +1,5 @@
-"""The contract of a step, as ``test_cpu_contract`` has it, kept by the Triton kernels; their choice, and optimizers."""
+"""The contract of a step, as ``test_cpu_degenerate`` and ``test_cpu_arguments`` have it, kept by the Triton kernels;
+their choice, and optimizers."""
 
 from __future__ import annotations
 
@@ -6,8 +7,11 @@ import math
 import runpy
 
 import pytest
-import test_cpu_contract as contract
+import test_cpu_arguments as arguments
+import test_cpu_degenerate as degenerate
 import torch
+from cpu_engines import row, weight_of
+from cpu_lockstep import call
 from stepping import group, hyper_table, like, place_, run_steps, start
 from triton_interpreted import launch, planning, step_
 
@@ -41,42 +45,43 @@ FG_ENGINES = [engine for engine in DIRECT if engine[0] in ("sphere", "oblique", 
 @pytest.fixture(autouse=True)
 def _by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(contract, "compiled", step_)
+    monkeypatch.setattr(arguments, "compiled", step_)
+    monkeypatch.setattr(degenerate, "compiled", step_)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_neighbours_of_a_non_finite_gradient_keep_their_bits(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
     if engine[2][-2:] != (40, 3):  # a batch of torch's linear algebra takes one way for all
-        contract.test_neighbours_of_a_non_finite_gradient_keep_their_bits(engine, False, math.nan)
+        degenerate.test_neighbours_of_a_non_finite_gradient_keep_their_bits(engine, False, math.nan)
 
 
 @pytest.mark.parametrize("engine", DIRECT, ids=str)
 def test_huge_gradients(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
-    contract.test_huge_gradients(engine, torch.float32)
+    degenerate.test_huge_gradients(engine, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("engine", FG_ENGINES, ids=str)
 def test_steps_that_lose_the_weight(engine: tuple[str, str, tuple[int, ...], Layout], dtype: torch.dtype) -> None:
-    contract.test_steps_that_lose_the_weight(engine, dtype, 1e8)
+    degenerate.test_steps_that_lose_the_weight(engine, dtype, 1e8)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_zero_and_denormal_gradients(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
-    contract.test_zero_and_denormal_gradients(engine, torch.float32)
+    degenerate.test_zero_and_denormal_gradients(engine, torch.float32)
 
 
 def test_degenerate_input() -> None:
-    contract.test_zero_weights(torch.float32)
-    contract.test_psi_keeps_what_cannot_be_stored()
-    contract.test_nothing_to_do()
-    contract.test_momentum_that_float16_cannot_hold(ENGINES[1])
+    degenerate.test_zero_weights(torch.float32)
+    degenerate.test_psi_keeps_what_cannot_be_stored()
+    arguments.test_nothing_to_do()
+    degenerate.test_momentum_that_float16_cannot_hold(ENGINES[1])
 
 
 def test_buffers_are_not_read_before_the_first_step() -> None:
     for of, option, shape, layout in ENGINES:
-        w = contract.weight_of(of, shape, layout, torch.float32)
-        grad, rows = torch.randn_like(w), [contract.row(of, option, layout)]
+        w = weight_of(of, shape, layout, torch.float32)
+        grad, rows = torch.randn_like(w), [row(of, option, layout)]
         clean, spoiled = (
             run_steps(step_, [w], [[grad]], rows, [{"momentum": 0.9}], fill=fill) for fill in (0.0, math.nan)
         )
@@ -95,9 +100,9 @@ def test_a_schedule_is_made_once_and_follows_memory() -> None:
         if number == 2:
             plan.scales.fill_(2.0)
         before = len(launch._SCHEDULES)
-        contract.call(step_, run, [given], plan, table)
+        call(step_, run, [given], plan, table)
         assert len(launch._SCHEDULES) == before + (number != 1)
-        contract.call(ops.resolve("reference", w.device), other, [given], plan, table)
+        call(ops.resolve("reference", w.device), other, [given], plan, table)
         assert torch.allclose(run.params[0], other.params[0], rtol=1e-5, atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from manifold_kernels.optim import checkpoint, operands, settings
@@ -42,7 +42,8 @@ class ManifoldOptimizer(Stepping):
     ``state[p]`` has ``step``, the steps that the parameter's momentum is made of (all of its steps, where momentum is
     not switched on later), and the buffers, allocated when they are first needed; with ``master_weights`` the
     ``master`` of a 16-bit parameter, which lies on the manifold to float32 precision and is what steps. The parameter
-    is its rounding: to change such a weight by hand, change its master.
+    is its rounding: to change such a weight by hand, change its master. Buffers may be replaced by others of their
+    shape, as offloading does; parameters may by :meth:`rebind` alone.
 
     A ``torch.amp.GradScaler`` leaves its scale to the step and skips a step of infinite gradients without waiting.
 
@@ -75,8 +76,9 @@ class ManifoldOptimizer(Stepping):
         self._backend = backend
         self._master_weights = master_weights
         self.plan = Plan.build([], [])
-        self._nonfinite = torch.zeros(0, dtype=torch.int64)
+        self._nonfinite = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._structure: list[tuple[Any, ...]] = []
+        self._members: list[list[Tensor]] = []  # the parameters that the plan is of, by param group
         self._names = [name for name in defaults if name in settings.KNOWN]
         self._forget()
         super().__init__(params, defaults)
@@ -97,7 +99,7 @@ class ManifoldOptimizer(Stepping):
         their scales) and ``nonfinite``. Tensors are the optimizer's own, as in torch: clone them to keep a snapshot.
         """
         if self.state:  # a buffer that a changed setting asks for belongs to the state
-            self._init_group()
+            self._init_group(to_step=False)
         saved = super().state_dict()
         saved["param_groups"] = [settings.pack(group) for group in saved["param_groups"]]
         return {**saved, **checkpoint.extras(self.plan, self._nonfinite)}
@@ -115,6 +117,8 @@ class ManifoldOptimizer(Stepping):
                 another number of groups or parameters, another rule, manifold or view, a state of another shape, dtype
                 or strides, a plan out of range, a weight off its manifold.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict: wanted a dict, got {type(state_dict).__name__}.")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -148,7 +152,7 @@ class ManifoldOptimizer(Stepping):
                 expected = joined(expected, self._plan_of(index, first))
                 first += len(group["params"])
             parameters = self._all_parameters()
-            plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64)
+            plan, nonfinite = expected, torch.zeros(len(parameters), dtype=torch.int64, device="cpu")
             if whole:
                 plan, nonfinite = checkpoint.load_plan(state_dict, expected, self._described())
             state = checkpoint.load_state(
@@ -159,14 +163,15 @@ class ManifoldOptimizer(Stepping):
             self.param_groups, self._structure = before
             raise
         self.plan, self._nonfinite = plan, nonfinite.to(self._device())
+        self._members = [list(group["params"]) for group in groups]
         self.state = defaultdict(dict, state)
         self._forget()
 
     def rebind(self, model: nn.Module) -> None:
         """Step the parameters of ``model`` in place of those of the same names, keeping settings and states.
 
-        For models whose parameters were replaced, by ``load_state_dict(assign=True)`` for example. Masters are made
-        anew from the weights at the next step.
+        For models whose parameters were replaced, by ``load_state_dict(assign=True)`` for example; others may have put
+        new ones into the param groups already. Masters are made anew from the weights at the next step.
 
         Raises:
             ValueError: parameters without a name (``param_groups`` and ``named_parameters`` give one), a name that the
@@ -181,15 +186,20 @@ class ManifoldOptimizer(Stepping):
         >>> optimizer.param_groups[0]["params"][0] is model[0].weight
         True
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}.")
+        self._check_members(same=False)
         found = dict(model.named_parameters(remove_duplicate=False))
         for position, name in enumerate(self.parameter_names()):
             if name not in found:
                 raise ValueError(f"{self._where(position)}: wanted its namesake in the model, got none.")
         before = [(group, group["params"]) for group in self.param_groups]
-        saved = self.state_dict()
-        if any(operands.is_sharded(found[name]) for name in self.parameter_names()):
-            saved = {entry: saved[entry] for entry in ("state", "param_groups")}  # the plan is of other components
         try:
+            for group, members in zip(self.param_groups, self._members, strict=True):
+                group["params"] = members  # states belong to these, whatever stands there by now
+            saved = self.state_dict()
+            if any(operands.is_sharded(found[name]) for name in self.parameter_names()):
+                saved = {entry: saved[entry] for entry in ("state", "param_groups")}  # the plan is of other components
             names = iter(self.parameter_names())
             for group, params in before:
                 group["params"] = [found[name] for _, name in zip(params, names, strict=False)]
@@ -209,6 +219,7 @@ class ManifoldOptimizer(Stepping):
             "_names",
             "_nonfinite",
             "_structure",
+            "_members",
             "_raise_nonfinite",
             "_gather",
             "_backend",

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manifold_kernels.collection import Collection
 from manifold_kernels.optim import settings
 from manifold_kernels.optim.groups import DTYPES
+from manifold_kernels.optim.memory import check_memory
 from manifold_kernels.optim.operands import like, local, wants_master
 from manifold_kernels.optim.settings import ParamGroup
 from manifold_kernels.optim.sharding import as_sharded
@@ -19,6 +21,8 @@ from manifold_kernels.plan import GROUP_COLUMNS, Plan
 VERSION = 1
 _ENTRIES = ("state", "param_groups", "version", "plan", "nonfinite")
 _PLAN = ("groups", "components", "scales")
+#: Counts are below this: there are no more steps, and a step more is still an int64.
+_COUNT = 2**53
 #: Columns of a plan that must agree with the one that the param groups describe. Scales may have been moved.
 _AGREE = tuple(name for name in GROUP_COLUMNS if name not in ("scale", "scale_stride"))
 
@@ -36,7 +40,7 @@ def new_buffer(name: str, weight: Tensor, components: int) -> Tensor:
 
 def component_counts(plan: Plan, parameters: int) -> list[int]:
     """The number of components of every parameter."""
-    counts = torch.zeros(parameters, dtype=torch.int64)
+    counts = torch.zeros(parameters, dtype=torch.int64, device="cpu")
     return counts.index_add_(0, plan.column("parameter"), plan.column("count")).tolist()
 
 
@@ -59,6 +63,13 @@ def check_entries(saved: dict[str, Any]) -> bool:
     for entry in saved["param_groups"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("params"), list):
             raise ValueError(f"state_dict: wanted param groups as dicts with a list 'params', got {entry!r}.")
+    seen = set()
+    for key in (key for entry in saved["param_groups"] for key in entry["params"]):
+        if not isinstance(key, (int, str)):
+            raise ValueError(f"state_dict: params: wanted numbers or names, got {key!r}.")
+        if key in seen:
+            raise ValueError(f"state_dict: param groups: wanted every key once, got {key!r} twice.")
+        seen.add(key)
     for key, entries in saved["state"].items():
         if not isinstance(entries, dict):
             raise ValueError(f"state_dict: wanted the state of parameter {key!r} as a dict, got {entries!r}.")
@@ -78,9 +89,9 @@ def load_groups(saved: list[ParamGroup], current: list[ParamGroup], names: Seque
             raise ValueError(
                 f"state_dict: wanted {len(old['params'])} parameters in param group {index}, got {len(new['params'])}."
             )
-        kept = {name: old[name] for name in ("param_names",) if name in old}
+        kept: ParamGroup = {name: old[name] for name in ("param_names", "names") if name in old}
         try:
-            groups.append({**kept, **settings.unpack(deepcopy(new)), "params": old["params"]})
+            groups.append({**settings.unpack(deepcopy(new)), **kept, "params": old["params"]})
         except ValueError as error:
             raise ValueError(f"state_dict: param group {index}: {error}") from None
     return groups
@@ -89,12 +100,27 @@ def load_groups(saved: list[ParamGroup], current: list[ParamGroup], names: Seque
 def load_plan(saved: dict[str, Any], expected: Plan, parameters: Sequence[Tensor]) -> tuple[Plan, Tensor]:
     """The saved plan and counts of non-finite components, copied; they must fit ``expected`` and ``parameters``."""
     for name in _PLAN:
-        if not isinstance(saved["plan"].get(name), Tensor):
-            raise ValueError(f"state_dict: wanted plan[{name!r}] as a tensor, got {saved['plan'].get(name)!r}.")
+        check_memory(f"state_dict: plan[{name!r}]", saved["plan"].get(name))
     plan = Plan(*(saved["plan"][name].detach().clone() for name in _PLAN))
+    if plan.groups.shape == expected.groups.shape:
+        _check_same(plan, expected)
     plan.check(parameters)
     if plan.groups.shape != expected.groups.shape:
         raise ValueError(f"state_dict: wanted a plan of {len(expected.groups)} groups, got {len(plan.groups)}.")
+    if not torch.equal(plan.components, expected.components):
+        raise ValueError("state_dict: plan: components are not those that the param groups assign.")
+    nonfinite = saved["nonfinite"]
+    check_memory("state_dict: nonfinite", nonfinite)
+    counts = nonfinite.dtype == torch.int64 and nonfinite.shape == (len(parameters),)
+    if not counts or bool(((nonfinite < 0) | (nonfinite >= _COUNT)).any()):
+        raise ValueError(
+            f"state_dict: wanted nonfinite as {len(parameters)} counts in int64, got {nonfinite.dtype} "
+            f"{tuple(nonfinite.shape)} {nonfinite.tolist()[:8]}."
+        )
+    return plan, nonfinite.detach().to("cpu", copy=True).contiguous()
+
+
+def _check_same(plan: Plan, expected: Plan) -> None:
     for name in _AGREE:
         wrong = (plan.column(name) != expected.column(name)).nonzero()
         if wrong.numel():
@@ -103,15 +129,6 @@ def load_plan(saved: dict[str, Any], expected: Plan, parameters: Sequence[Tensor
                 f"state_dict: plan: group {row} has {name} {int(plan.column(name)[row])}, the optimizer's param groups "
                 f"say {int(expected.column(name)[row])}. Load into an optimizer made as the saved one was."
             )
-    if not torch.equal(plan.components, expected.components):
-        raise ValueError("state_dict: plan: components are not those that the param groups assign.")
-    nonfinite = saved["nonfinite"]
-    if nonfinite.dtype != torch.int64 or nonfinite.shape != (len(parameters),) or bool((nonfinite < 0).any()):
-        raise ValueError(
-            f"state_dict: wanted nonfinite as {len(parameters)} counts in int64, got {nonfinite.dtype} "
-            f"{tuple(nonfinite.shape)}."
-        )
-    return plan, nonfinite.detach().to("cpu", copy=True).contiguous()
 
 
 def load_state(
@@ -145,6 +162,7 @@ def load_state(
                 if "master" in entries:  # else it is made from the weight, as for a training that had none
                     needed.add("master")
             own = _load_entries(entries, needed, weight, counts[position])
+            _check_values(own, owners[position])
             if "master" in needed and not torch.equal(own["master"].to(parameter.dtype), local(parameter)):
                 raise ValueError("master: its rounding is not the weight. Load the model's weights first.")
             state[parameter] = {
@@ -153,12 +171,16 @@ def load_state(
             }
         except ValueError as error:
             raise ValueError(f"state_dict: state of {where(position)}: {error}") from None
+    for position, parameter in enumerate(parameters):
+        if state and parameter not in state:
+            raise ValueError(f"state_dict: wanted a state for {where(position)}, got none.")
     return state
 
 
 def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, components: int) -> dict[str, Any]:
-    step = entries.get("step")
-    if not isinstance(step, Tensor) or step.is_meta or step.dtype != torch.int64 or step.dim() or int(step) < 0:
+    step: Any = entries.get("step")
+    check_memory("step", step)
+    if step.dtype != torch.int64 or step.dim() or not 0 <= int(step) < _COUNT:
         raise ValueError(f"step: wanted an int64 tensor of no dimensions >= 0, got {step!r}.")
     # A momentum buffer may also be there from before momentum was switched off.
     known = needed | {"momentum_buffer"}
@@ -177,9 +199,8 @@ def _load_entries(entries: dict[str, Any], needed: set[str], weight: Tensor, com
     return loaded
 
 
-def _check_like(name: str, value: object, buffer: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-        raise ValueError(f"{name}: wanted a dense tensor with numbers in it, got {type(value).__name__}.")
+def _check_like(name: str, value: Any, buffer: Tensor) -> None:
+    check_memory(name, value)
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: wanted shape {tuple(buffer.shape)}, got {tuple(value.shape)}.")
     if value.dtype not in _saved_types(name, buffer):
@@ -189,10 +210,17 @@ def _check_like(name: str, value: object, buffer: Tensor) -> None:
             f"{name}: wanted strides {buffer.stride()}, those of the weight, got {value.stride()}. "
             "Bring the model to the memory format that it was saved in."
         )
-    extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
-    needed = (value.storage_offset() + extent) * value.element_size() if value.numel() else 0
-    if value.untyped_storage().nbytes() < needed:
-        raise ValueError(f"{name}: wanted {needed} bytes of storage, got {value.untyped_storage().nbytes()}.")
+
+
+def _check_values(entries: dict[str, Any], group: ParamGroup) -> None:
+    """Steps leave no other numbers behind: with these a component would stand still for ever, or leave its manifold."""
+    for name, value in entries.items():
+        if name == "exp_avg_sq" and not bool((value >= 0).all()):
+            raise ValueError(f"{name}: wanted numbers >= 0, got others.")
+        # Euclidean parameters take NaN and Inf as in torch.
+        settled = settings.on_manifold(group) and not isinstance(group["manifold"], Collection)
+        if settled and name in ("momentum_buffer", "exp_avg") and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: wanted finite numbers, also as {value.dtype}, got NaN or Inf.")
 
 
 def _saved_types(name: str, buffer: Tensor) -> tuple[torch.dtype, ...]:

@@ -72,14 +72,15 @@ def read(plan: Plan, norms: Tensor, hyper: Tensor) -> Diagnostics:
     """The diagnostics of a step over ``plan`` that reported ``norms`` with the table ``hyper``."""
     individual = plan.column("individual").bool()
     lengths = torch.where(individual, plan.column("count"), 1)
-    row = torch.arange(len(plan.groups)).repeat_interleave(lengths)
-    alone = [plan.members(r) if bool(individual[r]) else torch.tensor([-1]) for r in range(len(plan.groups))]
+    row = torch.arange(len(plan.groups), device="cpu").repeat_interleave(lengths)
+    together = torch.tensor([-1], device="cpu")
+    alone = [plan.members(r) if bool(individual[r]) else together for r in range(len(plan.groups))]
     own = hyper[plan.column("hyper")[row]]
     tau = step_size_factor(norms, own[:, HYPER_COLUMNS.index("rho")], own[:, HYPER_COLUMNS.index("curvature")])
     bounded = plan.column("step_size")[row] == STEP_SIZES["general"]
     return Diagnostics(
         parameter=plan.column("parameter")[row],
-        component=torch.cat(alone) if alone else torch.empty(0, dtype=torch.int64),
+        component=torch.cat(alone) if alone else torch.empty(0, dtype=torch.int64, device="cpu"),
         size=torch.where(individual, 1, plan.column("count"))[row],
         manifold=plan.column("manifold")[row],
         norm=norms.clone(),

@@ -166,7 +166,7 @@ class FGSGD(ManifoldOptimizer):
     def _collect(self, held: list[tuple[str | None, str | None]]) -> None:
         super()._collect(held)
         if self._diagnosing:
-            self._norms = torch.full((diagnostics.entries(self.plan),), math.nan, dtype=torch.float64)
+            self._norms = torch.full((diagnostics.entries(self.plan),), math.nan, dtype=torch.float64, device="cpu")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_diagnosing": self._diagnosing}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from manifold_kernels import fit
 from manifold_kernels.collection import Collection
@@ -44,15 +45,39 @@ def check_parameter(parameter: Tensor, device: torch.device) -> None:
             f"device: wanted {device}, where the optimizer's first parameter is, got {parameter.device}. "
             "Use one optimizer for each device."
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-        raise ValueError("strides: wanted an element of memory for every weight, got an expanded tensor. Clone it.")
+    if _overlaps(parameter):
+        raise ValueError(
+            f"strides: wanted an element of memory for every weight, got shape {tuple(parameter.shape)} with strides "
+            f"{parameter.stride()}, an expanded or overlapping tensor. Clone it."
+        )
 
 
-def refuse_shared(params: list[Any], groups: list[ParamGroup]) -> None:
-    """Raise ``ValueError`` for one of ``params``, of a new group, that is in it twice or in another."""
+def _overlaps(parameter: Tensor) -> bool:
+    """Whether two elements of ``parameter`` lie at the same place."""
+    dims = sorted((stride, size) for size, stride in zip(parameter.shape, parameter.stride(), strict=True) if size > 1)
+    reach = 0  # the last place of the dimensions so far
+    for stride, size in dims:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in dims:
+        places = torch.unique(places[:, None] + stride * torch.arange(size, device="cpu"))
+    return places.numel() < parameter.numel()
+
+
+def check_new(params: list[Any], groups: list[ParamGroup]) -> None:
+    """Raise ``ValueError`` for one of ``params``, of a new group, that is lazy, in it twice, or in another."""
     owner = {id(p): f"param group {index}" for index, group in enumerate(groups) for p in group["params"]}
     for position, item in enumerate(params):
         parameter = item[1] if isinstance(item, tuple) else item
+        if is_lazy(parameter):
+            raise ValueError(
+                f"params: wanted initialised parameters, got a lazy one at {position} of the new group. Call the model "
+                "on a batch first."
+            )
         if id(parameter) in owner:
             raise ValueError(
                 f"params: parameter {position} of the new group, of shape {tuple(parameter.shape)}, is in "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import chain
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +14,7 @@ from manifold_kernels import fit, views
 from manifold_kernels.collection import Collection, retraction_codes
 from manifold_kernels.manifolds import Euclidean, Manifold, manifold
 from manifold_kernels.optim import constraint, gathering, operands, settings, sharding
-from manifold_kernels.optim.groups import check_parameter, joined, layout_of, refuse_shared, structure_of
+from manifold_kernels.optim.groups import check_new, check_parameter, joined, layout_of, structure_of
 from manifold_kernels.optim.settings import ParamGroup, on_manifold
 from manifold_kernels.plan import Group, Plan
 from manifold_kernels.views import Layout
@@ -41,6 +43,7 @@ class Planned(torch.optim.Optimizer):
     plan: Plan
     _nonfinite: Tensor
     _structure: list[tuple[Any, ...]]
+    _members: list[list[Tensor]]
     _names: list[str]
     _gather: bool
 
@@ -48,13 +51,15 @@ class Planned(torch.optim.Optimizer):
         """Add a param group, as in torch. A group that does not fit raises and leaves the optimizer as it was."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: wanted a dict, got {type(param_group).__name__}.")
+        if "params" not in param_group:
+            raise ValueError(f"param_group: wanted parameters in 'params', got {sorted(map(str, param_group))}.")
         group = dict(param_group)
         given = frozenset(group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         elif not isinstance(group["params"], set):  # torch refuses sets: they have no order
             group["params"] = list(group["params"])
-            refuse_shared(group["params"], self.param_groups)
+            check_new(group["params"], self.param_groups)
         super().add_param_group(group)
         try:
             self._admit(group, given)
@@ -71,6 +76,7 @@ class Planned(torch.optim.Optimizer):
             self._settle(group, given)
             settings.check(group)
             self._check_manifold(group)
+            settings.check_names(group, given, self._names, type(self).__name__)
         except (ValueError, TypeError) as error:
             raise type(error)(f"param group {index}: {error}") from None
         first = len(self._all_parameters()) - len(group["params"])
@@ -80,6 +86,7 @@ class Planned(torch.optim.Optimizer):
         counts = torch.zeros(len(group["params"]), dtype=torch.int64, device=self._device())
         self._nonfinite = torch.cat([self._nonfinite.to(counts.device), counts])
         self._structure.append(structure_of(group))
+        self._members.append(list(group["params"]))
         self._forget()
 
     def _settle(self, group: ParamGroup, given: Set[str]) -> None:
@@ -147,7 +154,8 @@ class Planned(torch.optim.Optimizer):
         """
         weights = self._weights(self._all_parameters())
         found = [each.violation for each in constraint.violations(self.plan, weights)]
-        return float(torch.tensor([0.0, *found], dtype=torch.float64).max())  # unlike Python's, NaN if any is
+        # Unlike Python's, this maximum is NaN if any is.
+        return float(torch.tensor([0.0, *found], dtype=torch.float64, device="cpu").max())
 
     def check(self) -> None:
         """Raise ``ValueError`` for the first weight that is off its manifold by more than rounding explains.
@@ -172,7 +180,7 @@ class Planned(torch.optim.Optimizer):
         """The name of every parameter, or its position in words where none was given."""
         names: list[str] = []
         for index, group in enumerate(self.param_groups):
-            known = group.get("param_names") or group.get("names")  # torch's key, or that of param_groups
+            known = _names_in(group)
             names += known or [f"param group {index}, parameter {at}" for at in range(len(group["params"]))]
         return names
 
@@ -189,6 +197,17 @@ class Planned(torch.optim.Optimizer):
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _check_members(self, same: bool = True) -> None:
+        """Raise ``ValueError`` unless the param groups have as many parameters as the plan, and the ``same`` ones."""
+        groups = [group["params"] for group in self.param_groups]
+        fits = list(map(len, groups)) == list(map(len, self._members))
+        if not fits or (same and not all(map(is_, chain(*groups), chain(*self._members)))):
+            raise ValueError(
+                "param_groups: wanted the parameters that the optimizer was made with, group by group, got others. "
+                "Call optimizer.rebind(model) where parameters took the place of others, add_param_group for more, and "
+                "make a new optimizer to leave some out. Nothing was written."
+            )
 
     def _gathered(self) -> dict[int, Tensor]:
         """The parameters whose matrices are put together for a step, by their positions."""
@@ -225,3 +244,12 @@ class Planned(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Make the next step put together anew what it reads."""
         raise NotImplementedError
+
+
+def _names_in(group: ParamGroup) -> list[str] | None:
+    """The names of the parameters of ``group``, in torch's entry or that of ``param_groups``."""
+    for entry in ("param_names", "names"):
+        names = group.get(entry)
+        if isinstance(names, (list, tuple)) and len(names) == len(group["params"]):
+            return list(map(str, names))
+    return None

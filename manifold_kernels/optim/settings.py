@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from manifold_kernels.collection import Assignment, Collection
 from manifold_kernels.manifolds import BY_NAME, Euclidean, Manifold
+from manifold_kernels.optim.memory import check_memory
 from manifold_kernels.plan import HYPER_COLUMNS
 
 ParamGroup = dict[str, Any]
@@ -59,6 +61,21 @@ STRUCTURE: tuple[str, ...] = (
 #: Everything above that optimizers know; a group may carry more (schedulers add ``initial_lr``), which is left alone.
 KNOWN = frozenset({*NUMBERS, *CHOICES, *STRUCTURE, "betas"})
 
+#: Settings of torch's optimizers that these have not.
+_OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+
+
+def check_names(group: ParamGroup, given: Set[str], own: Sequence[str], kind: str) -> None:
+    """Raise ``ValueError`` for the first name ``given`` in ``group`` that somebody took for a setting of ``kind``.
+
+    Its own are in ``own``. Names that are like none of them are left alone.
+    """
+    for name in given - {*own, "params"}:
+        (near,) = get_close_matches(str(name), KNOWN, n=1, cutoff=0.85) or (None,)
+        if near is not None or (name in _OF_TORCH and group[name]):
+            meant = f"did you mean {near!r}?" if near in own else f"{kind} has {sorted(own)}."
+            raise ValueError(f"{name}: is no setting of {kind} and would have no effect: {meant}")
+
 
 def check(group: ParamGroup) -> None:
     """Raise ``ValueError`` or ``TypeError`` for the first setting of ``group`` that is not allowed."""
@@ -91,6 +108,7 @@ def _same_word(value: object, choice: object) -> bool:
 
 def _check_number(name: str, value: object, allowed: Callable[[float], bool], words: str) -> None:
     if isinstance(value, Tensor):
+        check_memory(name, value)
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: wanted a tensor of one element, got {value.dtype} {tuple(value.shape)}.")
         if value.device.type != "cpu":
@@ -98,7 +116,11 @@ def _check_number(name: str, value: object, allowed: Callable[[float], bool], wo
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: wanted {words}, got {value!r} of type {type(value).__name__}.")
-    if not allowed(float(value)):
+    try:
+        fits = allowed(float(value))
+    except OverflowError:  # a whole number that no float is as large as
+        fits = False
+    if not fits:
         raise ValueError(f"{name}: wanted {words}, got {value!r}.")
 
 
@@ -131,7 +153,7 @@ def hyper_row(group: ParamGroup) -> list[float | Tensor]:
 def hyper_table(rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
     """The table of ``rows``, with 1 in place of numbers in tensors: it says which terms there are."""
     numbers = [[1.0 if isinstance(value, Tensor) else float(value) for value in row] for row in rows]
-    return torch.tensor(numbers, dtype=torch.float64).reshape(-1, len(HYPER_COLUMNS))
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(-1, len(HYPER_COLUMNS))
 
 
 def tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -149,20 +171,28 @@ def tables(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> tu
 def in_tensors(rows: Sequence[Sequence[float | Tensor]]) -> list[tuple[int, int, Tensor]]:
     """Row, column and tensor of every number in ``rows`` that is in one."""
     found = ((r, c, value) for r, row in enumerate(rows) for c, value in enumerate(row))
-    return [(r, c, value.detach()) for r, c, value in found if isinstance(value, Tensor)]
+    return [(r, c, value.detach().reshape(())) for r, c, value in found if isinstance(value, Tensor)]
 
 
 def pack(group: ParamGroup) -> ParamGroup:
-    """``group`` as plain data: its manifold becomes its name and fields, assignments become tensors.
+    """``group`` as plain data: its manifold becomes its name and fields, assignments tensors, numbers Python's.
 
     >>> from manifold_kernels.manifolds import Sphere
     >>> pack({"lr": 0.1, "manifold": Sphere(2.0)})
     {'lr': 0.1, 'manifold': {'name': 'sphere', 'scale': 2.0}}
     """
-    packed = {**group, "manifold": _pack_manifold(group["manifold"])}
+    numbers = {name: _pack_number(group[name]) for name in NUMBERS.keys() & group.keys()}
+    packed = {**group, **numbers, "manifold": _pack_manifold(group["manifold"])}
+    if "betas" in group:
+        packed["betas"] = tuple(map(_pack_number, group["betas"]))
     if group.get("assignments") is not None:
         packed["assignments"] = [{"groups": one.groups, "manifolds": one.manifolds} for one in group["assignments"]]
     return packed
+
+
+def _pack_number(value: Any) -> float | Tensor:
+    """Schedules may compute in NumPy, whose numbers ``weights_only=True`` does not load."""
+    return value if isinstance(value, (Tensor, int)) else float(value)
 
 
 def _pack_manifold(of: Manifold | Collection) -> dict[str, Any]:
@@ -181,6 +211,9 @@ def unpack(group: ParamGroup) -> ParamGroup:
             isinstance(one, dict) and {"groups", "manifolds"} <= one.keys() for one in saved
         ):
             raise ValueError(f"assignments: wanted a list of dicts of 'groups' and 'manifolds', got {saved!r}.")
+        for one in saved:
+            for name in ("groups", "manifolds"):
+                check_memory(f"assignments: {name}", one[name])
         unpacked["assignments"] = tuple(Assignment(one["groups"], one["manifolds"]) for one in saved)
     return unpacked
 

@@ -122,7 +122,7 @@ def _own_rows(parameter: Tensor) -> tuple[int, int]:
 def _own_numbers(parameter: Tensor, layout: Layout, start: int, size: int) -> Tensor:
     """For every component its number among those of the ``size`` indices from ``start`` of dimension 0, or -1."""
     shape = views.shape_of(parameter, layout)
-    number = torch.arange(shape.count)
+    number = torch.arange(shape.count, device="cpu")
     if layout.out_dim == 0:
         rows = 1 if layout.view == "kernel" else layout.rows
         per_row = shape.inputs if layout.view == "kernel" else 1
@@ -162,7 +162,7 @@ class SharedNorms:
         self._size, self._at = int(lengths.sum()), (lengths.cumsum(0) - lengths)[self._all]
         self._hyper = plan.column("hyper")[self._all].clone()
         own = plan.groups.clone()
-        own[self._all, GROUP_COLUMNS.index("hyper")] = param_groups + torch.arange(len(self._all))
+        own[self._all, GROUP_COLUMNS.index("hyper")] = param_groups + torch.arange(len(self._all), device="cpu")
         self.plan = Plan(own, plan.components, plan.scales)
         self._described = plan
 
@@ -187,7 +187,7 @@ class SharedNorms:
         def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [tensor.clone() if at in self._parameters else tensor for at, tensor in enumerate(tensors)]
 
-        norms = torch.empty(self._size, dtype=torch.float64)
+        norms = torch.empty(self._size, dtype=torch.float64, device="cpu")
         described = self._described
         operator(
             copies(weights),

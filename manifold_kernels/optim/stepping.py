@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import itemgetter
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from operator import is_, itemgetter
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
 from manifold_kernels import ops
-from manifold_kernels.binding import is_replaced
+from manifold_kernels.binding import home, is_replaced
 from manifold_kernels.optim import checkpoint, constraint, gathering, operands, settings, sharding
 from manifold_kernels.optim.gathering import Gathering
 from manifold_kernels.optim.groups import structure_of
@@ -60,20 +62,23 @@ class Stepping(Planned):
             if self._gathering:
                 whole = self._gathering.whole(*whole)
             lists = *whole, self._variances, self._steps, self._nonfinite
-            if self._shared_norms:
-                plan = self._shared_norms.plan
-                hyper, live, r = self._shared_norms.tables(operator, *lists, hyper, live, (grad_scale, found_inf))
-            operator(
-                *lists,
-                plan.groups,
-                plan.components,
-                plan.scales,
-                hyper,
-                self._norms,
-                grad_scale,
-                found_inf,
-                live,
-            )
+            try:
+                if self._shared_norms:
+                    plan = self._shared_norms.plan
+                    hyper, live, r = self._shared_norms.tables(operator, *lists, hyper, live, (grad_scale, found_inf))
+                operator(
+                    *lists,
+                    plan.groups,
+                    plan.components,
+                    plan.scales,
+                    hyper,
+                    self._norms,
+                    grad_scale,
+                    found_inf,
+                    live,
+                )
+            except ValueError as error:
+                raise self._named(error) from None
             if self._gathering:
                 self._gathering.keep(whole, weights, self._momenta)
             stepped.store(grads, found_inf)
@@ -81,14 +86,23 @@ class Stepping(Planned):
                 self._shared_norms.write(self._norms, r)
         return loss
 
+    def _named(self, error: ValueError) -> ValueError:
+        """``error`` of the operator, which counts in its lists, with the parameter's name."""
+        place = re.match(r"(?:params|grads|momenta|variances)\[(\d+)\]: ", str(error))
+        if place is None:
+            return error
+        return ValueError(
+            f"{error} It is that of {self._where(int(place[1]))}. Nothing was written. Convert models, by "
+            "model.to(...), before their optimizers are made."
+        )
+
     def _look_at(self, grads: list[Tensor | None], found_inf: Tensor | None) -> None:
         """Raise ``ValueError`` for a gradient that a step must not see."""
         strided = torch.strided
-        usual = [grad for grad in grads if grad is not None and grad.layout is strided]
-        if len(usual) < len(grads):
-            self._refuse_layout(grads)
-            if not torch.compiler.is_compiling():
-                self._refuse_replaced(grads)
+        for grad in grads:
+            if grad is None or grad.layout is not strided:
+                self._refuse_layout(grads)
+                break
         # A gradient scaler that has found infinities skips the step by itself.
         if self._raise_nonfinite and not (found_inf is not None and bool(found_inf)):
             self._refuse_nonfinite(grads)
@@ -101,10 +115,9 @@ class Stepping(Planned):
                     "Sparse gradients, as of Embedding(sparse=True), need an optimizer of their own."
                 )
 
-    def _refuse_replaced(self, grads: list[Tensor | None]) -> None:
-        parameters = self._all_parameters()
-        for position, grad in enumerate(grads):
-            if grad is None and is_replaced(parameters[position]):
+    def _refuse_replaced(self) -> None:
+        for position, parameter in enumerate(self._all_parameters()):
+            if is_replaced(parameter):
                 raise ValueError(
                     f"{self._where(position)}: was replaced in its model, by load_state_dict(assign=True) or "
                     "fully_shard for example, and gets no gradient any more. Call optimizer.rebind(model) to step the "
@@ -123,28 +136,50 @@ class Stepping(Planned):
         """Make the next step put together anew what it reads."""
         self._read = itemgetter(*self._names)
         self._seen: list[tuple[Any, ...]] | None = None
-        self._entries = -1
+        self._states = -1
+        self._homes: list[list[Any]] = [[], [], []]  # dicts of modules, names in them, and the parameters of these
+        self._entries: set[str] = set()  # names of buffers
+        self._found: list[Any] = []  # parameters and buffers, those that the next lists have
         self._ready = False
         self._held: list[tuple[str | None, str | None]] | None = None
         self._norms: Tensor | None = None  # R of every group, where the step is to write it
 
-    def _init_group(self) -> None:
+    def _init_group(self, to_step: bool = True) -> None:
         """Bring tables, lists and states up to the settings and :attr:`state`.
 
         The name is torch's: ``torch.compile`` runs a method of this name when it traces a step, and leaves it out of
         the graph.
         """
         values = [self._read(group) for group in self.param_groups]
-        if not self._ready or values != self._seen or len(self.state) != self._entries:
-            self._refresh(values)
+        if not self._ready or values != self._seen or not self._in_place():
+            self._refresh(values, to_step)
 
-    def _refresh(self, values: list[tuple[Any, ...]]) -> None:
+    def _in_place(self) -> bool:
+        """Whether parameters, in the groups and in their modules, and buffers are those that were collected.
+
+        Other code may put others in their places.
+        """
+        return len(self.state) == self._states and all(map(is_, self._holds(), self._found))
+
+    def _holds(self) -> Iterator[Any]:
+        """All that :meth:`_in_place` compares. Every step asks: there is no loop in Python."""
+        params = map(itemgetter("params"), self.param_groups)
+        at_home = map(dict.get, *self._homes)
+        buffers = (map(dict.get, self.state.values(), repeat(name)) for name in self._entries)
+        return chain(*params, at_home, *buffers)
+
+    def _refresh(self, values: list[tuple[Any, ...]], to_step: bool) -> None:
+        in_place = self._in_place()
+        if not in_place:
+            self._check_members()
+            if to_step:
+                self._refuse_replaced()
         for index, group in enumerate(self.param_groups):
             if self._seen is None or values[index] != self._seen[index]:
                 self._check_group(index, group)
         rows = [self._hyper_row(group) for group in self.param_groups]
         held = [self._buffers(group) for group in self.param_groups]
-        if held != self._held or len(self.state) != self._entries:
+        if held != self._held or not in_place:
             self._collect(held)
         self._hyper, self._live, self._followed = settings.hyper_table(rows), None, []
         if tensors := settings.in_tensors(rows):
@@ -220,7 +255,12 @@ class Stepping(Planned):
         self._momenta, self._variances = buffers
         self._steps = steps
         self._held = held
-        self._entries = len(self.state)
+        homes = [(*found, parameter) for parameter in parameters if (found := home(parameter)) is not None]
+        self._homes = [[each[column] for each in homes] for column in range(3)]
+        self._states = len(self.state)
+        self._entries = {name for state in self.state.values() for name in state} - {"step"} or {"step"}
+        kept = [state.get(name) for name in self._entries for state in self.state.values()]
+        self._found = [*parameters, *self._homes[2], *kept]
 
     def _master(self, position: int, parameter: Tensor, gathered: bool) -> Tensor:
         """The float32 master of a 16-bit parameter: on the manifold as closely as float32 allows."""

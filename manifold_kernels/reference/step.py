@@ -146,7 +146,7 @@ def _step_group(
     )
     bounded = x.bounded and at["rule"] == RULE_CODES["fg_sgd"]
     if euclidean and not bounded:
-        kept, moved = torch.arange(members.numel()), euclidean_sgd(x, h)
+        kept, moved = torch.arange(members.numel(), device=members.device), euclidean_sgd(x, h)
     else:
         kept, moved = _move_finite(x, euclidean_fg_sgd if euclidean else RULES[at["rule"]], h)
     if norms is not None and at["rule"] == RULE_CODES["fg_sgd"]:

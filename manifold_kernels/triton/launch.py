@@ -197,7 +197,7 @@ def _addresses(
             params, grads, momenta, variances, _element_addresses(steps), strict=True
         )
     ]
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _resident(table: Tensor, device: torch.device, by_content: bool = True) -> Tensor:
