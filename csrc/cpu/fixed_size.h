@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/lanes.h"
+#include "cpu/pairs.h"
 
 namespace mk {
 namespace MK_ISA {
