@@ -4,6 +4,7 @@
 
 #include "cpu/lanes.h"
 #include "cpu/pairs.h"
+#include "cpu/streams.h"
 
 namespace mk {
 namespace MK_ISA {

@@ -33,16 +33,21 @@ template <bool InLanes, class S, bool Ordinary>
 struct Place {
   static constexpr bool in_lanes = InLanes, ordinary = Ordinary;
   static constexpr bool pairs = has_packed && ordinary && !in_lanes && std::is_same<S, BFloat16>::value;  // see pairs.h
+  static constexpr bool streams = ordinary && in_lanes;  // see streams.h
   using Number = S;
 };
 
 template <class L>
 class Pairs;
+template <class L, class S>
+class Streams;
 
 // R is the arithmetic type and S the storage that is stepped in place; all else is converted where a tile is copied.
 template <class R, class Map, class Size, class S = R>
 class Lanes {
   friend class Pairs<Lanes>;
+  template <class, class>
+  friend class Streams;
   using T = Pack<R>;
   using Arithmetic = T;
   static constexpr int capacity = Size::capacity;
@@ -412,6 +417,7 @@ class Lanes {
   MK_FN int step_blocks(const Pass& pass, const Tile& t, bool seen, Work& work, bool& any_out) const {
     const bool second = !P::ordinary && pass.kind == Pass::second;
     const auto kept = [&](int block) -> Kept& { return work.kept[block % kept_blocks]; };
+    if constexpr (P::streams && Size::capacity <= 16) return Streams<Lanes, S>(*this, pass, t).run(work, any_out);
     int end = t.count, begin = 0;
     if constexpr (P::pairs && is_fixed) begin = Pairs<Lanes>(*this, pass, t).run(work, any_out);
     for (int b = begin; b * N < end + 2 * lag * N; b++) {

@@ -92,7 +92,8 @@ struct ObliqueMap : ByTangent {
 template <Retraction Kind, bool Exact = false>
 struct StiefelMap : ByTangent {
   template <class Size>
-  static constexpr bool turns = Kind == Retraction::qr && !std::is_same<Size, Dynamic>::value && Size::n == Size::p;
+  static constexpr bool turns =
+      Kind == Retraction::qr && !std::is_same<Size, Dynamic>::value && Size::capacity == Size::square_capacity;
 
   // Of a turn; what was stored in 16 bits does not only turn.
   template <class Size>

@@ -29,15 +29,16 @@ MK_FN Pack<float> half(Packed x) {
   return Pack<float>(_mm512_castsi512_ps(bits));
 }
 // Rounded to nearest even as put() does it, but for NaN, which stays one only if its payload is in the upper half, as
-// it is in sums and products of numbers of 16 bits.
+// it is in sums and products of numbers of 16 bits. Upper and lower halves are packed first, and half as many registers
+// rounded: upwards where the lower half is above 0x8000, or is that and the upper half odd.
 MK_FN Packed packed(Two x) {
   const Packed even = _mm512_castps_si512(x.even.v), odd = _mm512_castps_si512(x.odd.v);
-  const Packed one = _mm512_set1_epi32(1), below = _mm512_set1_epi32(0x7fff);
-  const auto rounded = [&](Packed bits) {
-    const Packed last = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), one);
-    return _mm512_add_epi32(_mm512_add_epi32(bits, below), last);
-  };
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_maskz_srli_epi32(0xffff, rounded(even), 16), rounded(odd));
+  const Packed upper = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_maskz_srli_epi32(0xffff, even, 16), odd);
+  const Packed lower = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_maskz_slli_epi32(0xffff, odd, 16));
+  const Packed one = _mm512_set1_epi16(1);
+  const Packed rest = _mm512_ternarylogic_epi32(lower, upper, one, 0xf8);  // lower | (upper & 1)
+  const __mmask32 upwards = _mm512_cmpgt_epu16_mask(rest, _mm512_set1_epi16(int16_t(0x8000)));
+  return _mm512_mask_add_epi16(upper, upwards, upper, one);
 }
 
 // Rotation16 (transpose.h) for 32 matrices: five rounds for five bits of a place.
@@ -114,8 +115,7 @@ template <int E>
 MK_FN Two spread(Two x, int i) {
   static constexpr SpreadTwo<E> from;
   const auto half = [&](int h) {
-    return Pack<float>(
-        _mm512_maskz_permutex2var_ps(0xffff, x.even.v, _mm512_load_si512(from.lane[i][h]), x.odd.v));
+    return Pack<float>(_mm512_maskz_permutex2var_ps(0xffff, x.even.v, _mm512_load_si512(from.lane[i][h]), x.odd.v));
   };
   return {half(0), half(1)};
 }

@@ -39,19 +39,27 @@ class Pairs {
     lanes.observe(q, d, lanes.inverse0, kept);
   }
 
+  static __attribute__((noinline)) bool are_finite(const Packed* weight, const Packed* direction) {
+    Packed largest = _mm512_setzero_si512();
+    for (int i = 0; i < E; i++)
+      for (const Packed x : {weight[i], direction[i]})
+        largest = _mm512_maskz_max_epu16(0xffffffff, largest, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
+    return !_mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80));
+  }
+
   // The stages for the pair at component l, as those of Lanes.
   MK_FN bool project(int64_t l, Kept& kept) const {
     const T mu = T(lanes.momentum.momentum);
-    const Packed magnitude = _mm512_set1_epi16(0x7fff), infinite = _mm512_set1_epi16(0x7f80);
-    Packed weight[E], direction[E], lane[E], largest = _mm512_setzero_si512();
+    Packed weight[E], direction[E], lane[E], bits = _mm512_setzero_si512();
     for (int i = 0; i < E; i++) {
       const Packed gradient = load_packed(g + l * E + i * 2 * N), old = load_packed(m + l * E + i * 2 * N);
-      direction[i] = packed({half<false>(gradient) + half<false>(old) * mu, half<true>(gradient) + half<true>(old) * mu});
+      direction[i] =
+          packed({half<false>(gradient) + half<false>(old) * mu, half<true>(gradient) + half<true>(old) * mu});
       weight[i] = load_packed(w + l * E + i * 2 * N);
-      for (const Packed x : {direction[i], weight[i]})
-        largest = _mm512_maskz_max_epu16(0xffffffff, largest, _mm512_and_si512(x, magnitude));
+      bits = _mm512_or_si512(bits, _mm512_or_si512(direction[i], weight[i]));
     }
-    if (_mm512_cmpge_epu16_mask(largest, infinite)) return false;
+    // Numbers below 2, as nearly all are, have this bit of the exponent clear.
+    if (_mm512_test_epi16_mask(bits, _mm512_set1_epi16(0x4000)) && !are_finite(weight, direction)) return false;
     for (int i = 0; i < E; i++) store_packed(m + l * E + i * 2 * N, direction[i]);
     Moves::to_lanes(direction, lane);
     Moves::to_lanes(weight, weight);
@@ -109,7 +117,8 @@ class Pairs {
       }
       if (const int r = b - 2; r >= 0 && r < pairs) {
         if (any(work.out[2 * r] | work.out[2 * r + 1]) || !finish(2 * r * N, ring[r % 4]))
-          any_out |= lanes.template step_over<P>(pass, t, 2 * r, work) | lanes.template step_over<P>(pass, t, 2 * r + 1, work);
+          any_out |=
+              lanes.template step_over<P>(pass, t, 2 * r, work) | lanes.template step_over<P>(pass, t, 2 * r + 1, work);
       }
     }
     return 2 * pairs;

@@ -14,11 +14,13 @@ MK_FN T project_stored(const T* W, const T* M, T inverse, T* xi, Size size) {
   const int p = size.p;
   T A[Size::square_capacity];
   multiply_tn(W, M, A, p, p, p);
-  const T half = T(0.5) * inverse;
+  const T minus = -inverse, half = T(0.5) * minus;
+  // -sym(Q^T M)/s
   MK_UNROLL
   for (int i = 0; i < p; i++) {
+    A[i * p + i] = minus * A[i * p + i] * inverse;
     MK_UNROLL
-    for (int j = i; j < p; j++) A[i * p + j] = A[j * p + i] = half * (A[i * p + j] + A[j * p + i]) * inverse;
+    for (int j = i + 1; j < p; j++) A[i * p + j] = A[j * p + i] = half * (A[i * p + j] + A[j * p + i]) * inverse;
   }
   MK_UNROLL
   for (int i = 0; i < p; i++) {
@@ -26,7 +28,7 @@ MK_FN T project_stored(const T* W, const T* M, T inverse, T* xi, Size size) {
     for (int j = 0; j < p; j++) {
       T x = M[i * p + j];
       MK_UNROLL
-      for (int k = 0; k < p; k++) x = fma(-W[i * p + k], A[k * p + j], x);
+      for (int k = 0; k < p; k++) x = fma(W[i * p + k], A[k * p + j], x);
       xi[i * p + j] = x;
     }
   }
