@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cpu/lanes.h"
+#include "cpu/pairs.h"
+#include "cpu/streams.h"
 
 namespace mk {
 namespace MK_ISA {

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cpu/maps.h"
+#include "cpu/packed.h"
 #include "cpu/pass.h"
 #include "cpu/tile.h"
 #include "cpu/transpose.h"
@@ -35,13 +36,26 @@ enum class Body { general, whole, first, second };
 template <bool InLanes, class S, Body Of>
 struct Place {
   static constexpr bool in_lanes = InLanes, ordinary = Of != Body::general, second = Of == Body::second;
+  static constexpr bool whole = Of == Body::whole;
+  static constexpr bool pairs = has_packed && whole && !in_lanes && std::is_same<S, BFloat16>::value;  // see pairs.h
+  static constexpr bool streams = whole && in_lanes;                                                   // see streams.h
   using Number = S;
 };
+
+template <class L>
+class Pairs;
+template <class L, class S>
+class Streams;
 
 // R is the arithmetic type and S the storage that is stepped in place; all else is converted where a tile is copied.
 template <class R, class Map, class Size, class S = R>
 class Lanes {
+  friend class Pairs<Lanes>;
+  template <class, class>
+  friend class Streams;
   using T = Pack<R>;
+  using Arithmetic = T;
+  static constexpr int capacity = Size::capacity;
   static constexpr int N = T::lanes;
   // channels_last tiles are stepped in place at the sizes of size.h; a second body for all others would not pay.
   static constexpr bool is_fixed = !std::is_same<Size, Dynamic>::value;
@@ -95,7 +109,7 @@ class Lanes {
   MK_FN int elements() const { return size.n * size.p; }
   MK_FN int tangents() const {
     if constexpr (is_linear) return Map::sums;
-    if constexpr (turns) return size.p * (size.p - 1) / 2;
+    if constexpr (turns) return Map::tangents(size);
     return elements();
   }
 
@@ -243,6 +257,20 @@ class Lanes {
     kept.inverse = T(R(1)) / kept.scale;
   }
 
+  // A weight and what it steps along, in lanes, projected. Where Map wants the weight at unit scale, q becomes that.
+  MK_FN void observe(T* q, const T* d, T inverse, Kept& kept) const {
+    const int E = elements();
+    if constexpr (turns) {
+      kept.square = Map::turn(q, d, inverse, kept.tangent, size);
+    } else if constexpr (is_linear) {
+      kept.square = Map::observe(q, d, inverse, kept.tangent, size);
+    } else {
+      const T length = square_norm(q, E);
+      for (int e = 0; e < E; e++) q[e] = q[e] * inverse;
+      kept.square = Map::project(q, d, kept.tangent, size);
+      kept.square = select(length <= T(largest_square), kept.square, T(Limits<R>::largest));
+    }
+  }
   // The first stage: what a block steps along and from, projected, and the new momentum, which is stored. False, with
   // nothing done, where something is not finite and nobody has seen to it yet.
   template <class P>
@@ -268,16 +296,7 @@ class Lanes {
     }
     bring<P>(direction, d);
     bring<P>(weight, q);
-    if constexpr (turns) {
-      kept.square = stiefel::turn(q, d, inverse, kept.tangent, size);
-    } else if constexpr (is_linear) {
-      kept.square = Map::observe(q, d, inverse, kept.tangent, size);
-    } else {
-      const T length = square_norm(q, E);
-      for (int e = 0; e < E; e++) q[e] = q[e] * inverse;
-      kept.square = Map::project(q, d, kept.tangent, size);
-      kept.square = select(length <= T(largest_square), kept.square, T(Limits<R>::largest));
-    }
+    observe(q, d, inverse, kept);
     if constexpr (!is_linear)
       for (int e = 0; e < E; e++) kept.q[e] = q[e];
     return true;
@@ -342,6 +361,14 @@ class Lanes {
     }
   }
 
+  // The new weight y of an old one as observe() left it; the mask of the matrices for which that is good.
+  MK_FN Mask<R> retracted(T* q, const Kept& kept, T scale, T* y) const {
+    if constexpr (turns) return Map::retract_near(q, kept.tangent, kept.step, kept.square, scale, y, size);
+    Map::retract(q, kept.tangent, kept.step, kept.square, size);
+    for (int e = 0; e < elements(); e++) y[e] = q[e] * scale;
+    return T(R(0)) <= T(R(0));
+  }
+
   // The third stage. False, with nothing done, where a block needs more than a sane step's: to call it from here would
   // have all registers in memory for its sake.
   template <class P>
@@ -350,13 +377,7 @@ class Lanes {
     const T scale = is_uniform<P>() ? scale0 : kept.scale;
     T q[Size::capacity], y[Size::capacity];
     for (int e = 0; e < E; e++) q[e] = kept.q[e];
-    if constexpr (turns) {
-      out = out | !stiefel::retract_near(q, kept.tangent, kept.step, kept.square, scale, y, size);
-    } else {
-      Map::retract(q, kept.tangent, kept.step, kept.square, size);
-      for (int e = 0; e < E; e++) y[e] = q[e] * scale;
-    }
-    if (any(out)) return false;
+    if (any(out | !retracted(q, kept, scale, y))) return false;
     store_lanes<P>(t.w, l, y);
     return true;
   }
@@ -371,7 +392,7 @@ class Lanes {
     bring<P>(x, old);
     for (int e = 0; e < E; e++) q[e] = kept.q[e];
     if constexpr (turns) {
-      stiefel::retract_turn(q, kept.tangent, kept.step, kept.square, scale, size);
+      Map::retract_turn(q, kept.tangent, kept.step, kept.square, scale, size);
       out = out | !(square_norm(old, E) <= T(largest_square));
     } else {
       Map::retract(q, kept.tangent, kept.step, kept.square, size);
@@ -393,17 +414,28 @@ class Lanes {
     return any(out);
   }
 
+  // A block that has taken the first stage, done over from the stored momentum; whether some component is out of range.
+  template <class P>
+  __attribute__((noinline)) bool step_over(const Pass& pass, const Tile& t, int block, Work& work) const {
+    Kept kept;
+    project<P>(t, block * N, true, true, kept);
+    work.out[block] = find_step<P>(pass, t, block * N, kept);
+    return finish<P>(t, block * N, work.out[block], kept);
+  }
+
   // The stages over a tile; returns how many of its components come before the first block with something that is not
   // finite.
   template <class P>
   MK_FN int step_blocks(const Pass& pass, const Tile& t, bool seen, Work& work, bool& any_out) const {
     const bool second = P::ordinary ? P::second : pass.kind == Pass::second;
     const auto kept = [&](int block) -> Kept& { return work.kept[block % kept_blocks]; };
-    int end = t.count;
-    for (int b = 0; b * N < end + 2 * lag * N; b++) {
+    if constexpr (P::streams && Size::capacity <= 16) return Streams<Lanes, S>(*this, pass, t).run(work, any_out);
+    int end = t.count, begin = 0;
+    if constexpr (P::pairs && is_fixed) begin = Pairs<Lanes>(*this, pass, t).run(work, any_out);
+    for (int b = begin; b * N < end + 2 * lag * N; b++) {
       if (b * N < end && !project<P>(t, b * N, second, seen, kept(b))) end = b * N;
-      if (const int s = b - lag; s >= 0 && s * N < end) work.out[s] = find_step<P>(pass, t, s * N, kept(s));
-      if (const int r = b - 2 * lag; r >= 0 && r * N < end) {
+      if (const int s = b - lag; s >= begin && s * N < end) work.out[s] = find_step<P>(pass, t, s * N, kept(s));
+      if (const int r = b - 2 * lag; r >= begin && r * N < end) {
         any_out |= finish<P>(t, r * N, work.out[r], kept(r));
       }
     }

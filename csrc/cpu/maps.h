@@ -8,6 +8,7 @@
 #include "manifolds/oblique.h"
 #include "manifolds/sphere.h"
 #include "manifolds/stiefel.h"
+#include "manifolds/stored.h"
 #include "manifolds/turn.h"
 
 namespace mk {
@@ -90,9 +91,30 @@ struct ObliqueMap : ByTangent {
 // Exact: Q is orthonormal to the precision of the arithmetic, which it is not where it was stored in 16 bits.
 template <Retraction Kind, bool Exact = false>
 struct StiefelMap : ByTangent {
-  // Square matrices of a fixed size: the tangent is a turn.
   template <class Size>
-  static constexpr bool turns = Exact && Kind == Retraction::qr && !std::is_same<Size, Dynamic>::value;
+  static constexpr bool turns =
+      Kind == Retraction::qr && !std::is_same<Size, Dynamic>::value && Size::capacity == Size::square_capacity;
+
+  // Of a turn; what was stored in 16 bits does not only turn.
+  template <class Size>
+  static constexpr int tangents(Size size) {
+    return Exact ? size.p * (size.p - 1) / 2 : size.p * size.p;
+  }
+  template <class T, class Size>
+  MK_FN static T turn(const T* w, const T* d, T inverse, T* tangent, Size size) {
+    if constexpr (Exact) return stiefel::turn(w, d, inverse, tangent, size);
+    return stiefel::project_stored(w, d, inverse, tangent, size);
+  }
+  template <class T, class Size>
+  MK_FN static auto retract_near(const T* w, const T* tangent, T step, T square, T scale, T* y, Size size) {
+    if constexpr (Exact) return stiefel::retract_near(w, tangent, step, square, scale, y, size);
+    return stiefel::retract_stored_near(w, tangent, step, square, scale, y, size);
+  }
+  template <class T, class Size>
+  MK_FN static void retract_turn(T* w, const T* tangent, T step, T square, T scale, Size size) {
+    if constexpr (Exact) return stiefel::retract_turn(w, tangent, step, square, scale, size);
+    stiefel::retract_stored(w, tangent, step, square, scale, size);
+  }
 
   template <class T, class Size>
   MK_FN static T project(const T* q, const T* m, T* xi, Size size) {

@@ -10,7 +10,8 @@ namespace mk {
 // Y becomes `length` times Q (n x p) of its thin QR decomposition, diagonal of R >= 0. Returns the mask of the matrices
 // for which that is good to a few roundings: those whose columns, of about this length or a little more, keep at least
 // 1/4 of its square when the earlier ones are taken out. The columns are scaled at the end, so that a product does not
-// wait for a root. The last column of a 3 x 3 matrix is the cross product of the others, on the side of `last`.
+// wait for a root. The last column of a 3 x 3 matrix is the cross product of the others, on the side of `last`, which
+// may be Y's own.
 template <class T, class Size>
 MK_FN auto gram_schmidt(T* Y, T length, const T* last, Size size) {
   const int n = size.n, p = size.p;
