@@ -17,7 +17,7 @@ namespace {
 template <class L>
 class Pairs {
   using T = typename L::Arithmetic;
-  using P = Place<false, BFloat16, true>;
+  using P = Place<false, BFloat16, Body::whole>;
   static constexpr int E = L::capacity, N = T::lanes;
   using Moves = Rotation32<E>;
   struct Kept {

@@ -18,7 +18,7 @@ namespace {
 template <class L, class S>
 class Streams {
   using T = typename L::Arithmetic;
-  using P = Place<true, S, true>;
+  using P = Place<true, S, Body::whole>;
   static constexpr int E = L::capacity, N = T::lanes;
   static constexpr int at_once = 4, ahead = 2;  // blocks that are brought together; how many times later prefetched
   static constexpr int ring = 2 * at_once;

@@ -245,7 +245,7 @@ class Sweep {
       if (is_left[i] == R(0) && more.at(i)) *left |= 1u << (i + Collection::most_lanes);
   }
   MK_FN void finish_any(R* w, int64_t l, const Kept& kept, uint32_t* left) const {
-    if (*left || any(finish<false>(w, l, kept, {}))) finish_rest(w, l, kept, left);
+    if (*left || any(finish<false>(w, l, kept, Mask<R>{}))) finish_rest(w, l, kept, left);
   }
 
   template <class Number>
