@@ -26,7 +26,7 @@ RUNS = [
         "address",
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        f"{WAYS} or between or huge or misaligned or replayed",
+        f"{WAYS} or between or huge or misaligned_batches or replayed",
     ),
     # Python and torch themselves are not what is watched.
     ("thread", "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}, WAYS),
