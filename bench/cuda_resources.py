@@ -51,9 +51,9 @@ class Resources:
     """What a compiled kernel takes; bytes where it is memory.
 
     ``name`` is that of ``csrc/cuda/kernels.h``, without the manifold's retraction where it is none; ``elements`` those
-    of a thread's matrix, 0 where threads share one. ``shared`` has the dynamic part, which for the kernels of matrices
-    in shared memory depends on the matrices and is left out. ``loads`` and ``stores`` count instructions by their bits,
-    those of all storage types and layouts.
+    of a thread's matrix, 0 where threads share one. ``shared`` is what the kernel has ``declared``, with the dynamic
+    part, which for the kernels of matrices in shared memory depends on the matrices and is left out. ``loads`` and
+    ``stores`` count instructions by their bits, those of all storage types and layouts.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Resources:
     registers: int
     spills: int
     stack: int
+    declared: int
     shared: int
     threads: int
     loads: Counter[int]
@@ -155,6 +156,7 @@ def _of(signature: str, cubin: Path, report: str, code: list[Instruction]) -> Re
     threads = next((number for kernel, number in _THREADS if re.search(kernel, signature)), threads)
     # Functions that the kernel calls are reported beside it, with stacks and spills of their own.
     numbers = {kind: [int(n) for n in re.findall(rf"(\d+) bytes {kind}", report)] for kind in _MEMORY}
+    declared = max(numbers["smem"], default=0)
     return Resources(
         name,
         cubin.parent.name,
@@ -163,7 +165,8 @@ def _of(signature: str, cubin: Path, report: str, code: list[Instruction]) -> Re
         registers=max(int(n) for n in re.findall(r"Used (\d+) registers", report)),
         spills=sum(numbers["spill stores"]) + sum(numbers["spill loads"]),
         stack=max(numbers["stack frame"]),
-        shared=max(numbers["smem"], default=0) + dynamic[wide],
+        declared=declared,
+        shared=declared + dynamic[wide],
         threads=threads,
         loads=Counter(bits for one in code if (bits := one.global_bits("LD"))),
         stores=Counter(bits for one in code if (bits := one.global_bits("ST"))),

@@ -28,6 +28,8 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulated"
 CUDA = ROOT / "csrc" / "cuda"
+#: The emulator itself.
+FIBERS = [EMULATOR / name for name in ("block.cpp", "collectives.cpp", "fibers.cpp", "launches.cpp")]
 #: What the backend has in common with the CPU's.
 SHARED = ("arguments.cpp", "functional.cpp", "cpu/geometry.cpp", "cpu/library.cpp")
 
@@ -89,8 +91,8 @@ def build(sanitizer: str = "none") -> Path:
 
         for name, (of_kernels, of_emulator) in SANITIZERS.items():
             objects = [compiled(path, name, f"{of_kernels} -x c++") for path in kernels(name)]
-            # It runs at every barrier.
-            objects.append(compiled(EMULATOR / "emulator.cpp", name, f"-O2 {of_emulator}"))
+            # They run at every barrier.
+            objects += [compiled(path, name, f"-O2 {of_emulator}") for path in FIBERS]
             objects += [compiled(path, "host", "") for path in host()]
             writer.build(f"{name}/emulated.so", "link", objects, variables={"flags": of_kernels})
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
@@ -150,3 +152,20 @@ def launched() -> list[int]:
     load()
     blocks: list[int] = torch.ops.manifold_kernels_emulated.launched()
     return blocks
+
+
+def set_shared_memory(kilobytes: int) -> None:
+    """How much shared memory a block can have, in KB: 64 on Turing, 99 to 163 on Ampere, 227 on an H100."""
+    load()
+    torch.ops.manifold_kernels_emulated.set_shared_memory(kilobytes << 10)
+
+
+@contextmanager
+def capturing() -> Iterator[Callable[[], None]]:
+    """While it lasts, launches go into a CUDA graph in place of running; yields what runs that afterwards."""
+    load()
+    torch.ops.manifold_kernels_emulated.set_capturing(True)
+    try:
+        yield torch.ops.manifold_kernels_emulated.replay
+    finally:
+        torch.ops.manifold_kernels_emulated.set_capturing(False)

@@ -239,3 +239,39 @@ def test_a_schedule_follows_memory_and_scales() -> None:
             # A few steps of a few dozen roundings each.
             assert torch.allclose(got, want, rtol=0, atol=200 * torch.finfo(torch.float32).eps)
         assert torch.equal(run.steps, other.steps)
+
+
+#: Around the matrices and vectors of a warp and of blocks of 64, 128 and 256 threads.
+TAILS = [n for full in (1, 8, 32, 64, 128, 256) for n in (full - 1, full, full + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(
+    ("of", "option", "shape"),
+    [
+        ("stiefel", "qr", (3, 3)),
+        ("stiefel", "qr", (7, 7)),
+        ("stiefel", "polar", (3, 3)),
+        ("sphere", "projection", (4, 4)),
+        ("oblique", "exp", (3, 3)),
+        ("oblique", "projection", (6, 5)),
+        ("scale_invariant", "psi_sgd", (1, 20)),
+        ("grassmann", "adam_g", (1, 50)),
+        ("euclidean", "add", (1, 1)),
+    ],
+    ids=str,
+)
+def test_tails(of: str, option: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Whatever their number, components with norms of their own get the bits that they get among others."""
+    layout = KERNEL if shape[0] > 1 else FLAT if of == "euclidean" else FILTER
+    hyper = {"lr": 0.2, "momentum": 0.9}
+    rest = {"individual": True, "step_size": "general"} if layout is KERNEL else {}
+    case = one_group(of, option, (max(TAILS), 1, *shape), layout, dtype=dtype, hyper=hyper, **rest)
+    grad = small(torch.randn_like(case.weight), of)
+    every = start([case.weight], case.groups, [hyper])
+    step(every, [grad], case.groups, [hyper])
+    for count in TAILS:
+        run = start([case.weight[:count]], case.groups, [hyper])
+        step(run, [grad[:count]], case.groups, [hyper])
+        assert torch.equal(run.params[0], every.params[0][:count])
+        assert torch.equal(run.momenta[0], every.momenta[0][:count])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cuda_emulated
 import pytest
-from cuda_emulated import EMULATOR, ROOT, SANITIZERS, compiler
+from cuda_emulated import EMULATOR, FIBERS, ROOT, SANITIZERS, compiler
 
 if (reason := cuda_emulated.missing()) is not None:
     pytest.skip(f"the emulator cannot be compiled: {reason}", allow_module_level=True)
@@ -25,6 +25,8 @@ BUGS = [
     ("array_in_shared_beyond_its_end", "address", "use-after-poison"),
     ("dynamic_shared_beyond_its_end", "address", "heap-buffer-overflow"),
     ("global_beyond_its_end", "address", "heap-buffer-overflow"),
+    ("no_blocks", "none", "wanted at least one block"),
+    ("shared_that_nobody_asked_for", "none", "more than was asked for"),
 ]
 
 
@@ -35,11 +37,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, (everywhere, emulator) in SANITIZERS.items():
         flags = ["-std=c++20", "-O1", "-g1", "-DMK_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
-        common, fibers = [*compiler().split(), *flags], str(folder / f"{name}.o")
-        commands = [
-            [*common, *emulator.split(), "-c", str(EMULATOR / "emulator.cpp"), "-o", fibers],
-            [*common, *everywhere.split(), str(EMULATOR / "seeded_bugs.cpp"), fibers, "-o", str(folder / name)],
-        ]
+        common = [*compiler().split(), *flags]
+        fibers = {str(path): str(folder / f"{name}_{path.stem}.o") for path in FIBERS}
+        commands = [[*common, *emulator.split(), "-c", source, "-o", made] for source, made in fibers.items()]
+        bugs = str(EMULATOR / "seeded_bugs.cpp")
+        commands.append([*common, *everywhere.split(), bugs, *fibers.values(), "-o", str(folder / name)])
         results = [subprocess.run(command, capture_output=True, text=True) for command in commands]
         if name == "none":
             assert all(result.returncode == 0 for result in results), results[-1].stderr

@@ -18,13 +18,15 @@ if (reason := cuda_emulated.missing()) is not None:
 #: The tests that go every way through memory, in every order of blocks and threads.
 WAYS = "any_order or views or filters"
 
+FILES = ("kernels", "contract", "functional", "graphs")
+
 #: The run-time library that has to be loaded first, its options, and the tests: minutes of them.
 RUNS = [
     (
         "address",
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        f"{WAYS} or between or huge",
+        f"{WAYS} or between or huge or misaligned_batches or replayed",
     ),
     # Python and torch themselves are not what is watched.
     ("thread", "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}, WAYS),
@@ -48,7 +50,7 @@ def test_steps_under_a_sanitizer(
         "MANIFOLD_KERNELS_EMULATED": str(build(sanitizer)),
         "OMP_NUM_THREADS": "1",
     }
-    tests = [str(ROOT / "tests" / name) for name in ("test_cuda_kernels.py", "test_cuda_contract.py")]
+    tests = [str(ROOT / "tests" / f"test_cuda_{name}.py") for name in FILES]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-k", chosen, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = "".join(file.read_text()[:6000] for file in tmp_path.glob("found*"))

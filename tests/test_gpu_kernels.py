@@ -16,8 +16,9 @@ import test_cpu_degenerate as degenerate
 import test_cpu_kernels as suite
 import test_functional_qr as functional_qr
 import torch
-from cpu_lockstep import check
+from cpu_lockstep import assert_same_bits, check
 from matrix_families import families
+from stepping import Run, hyper_table, start
 from test_cpu_arguments import (  # noqa: F401  the tests themselves
     test_buffers_are_not_read_before_the_first_step_nor_used_without_momentum,
     test_every_retraction_has_its_kernel,
@@ -33,9 +34,12 @@ from test_cpu_degenerate import (  # noqa: F401  the tests themselves
     test_zero_weights,
 )
 from test_cpu_kernels import *  # noqa: F403  the tests themselves
+from test_cuda_contract import KERNELS, case_of, small
 from torch import Tensor, UntypedStorage
 
 from manifold_kernels import decompositions, ops
+from manifold_kernels.plan import HYPER_COLUMNS, Plan
+from manifold_kernels.views import Layout
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU; `make test-gpu` runs these tests where there is one", allow_module_level=True)
@@ -89,3 +93,34 @@ def test_decompositions(dtype: torch.dtype) -> None:
             functional_qr.worst_polar(lambda a: decompositions.polar(a.to(DEVICE)).cpu(), batch),
         )
         assert float(ratios.max()) < functional_qr.LIMIT, (n, p)
+
+
+@pytest.mark.parametrize("engine", KERNELS, ids=str)
+def test_a_replayed_step_is_the_step(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
+    """From a CUDA graph, with the gradient and the learning rate of that moment."""
+    weight, rows, hyper = case_of(engine)
+    plan, table = Plan.build(rows, [weight]), hyper_table(hyper)
+    live, grad = table.to(DEVICE), small(torch.randn_like(weight), engine[0]).to(DEVICE)
+
+    def begun() -> Run:
+        run = start([weight], rows, hyper)
+        lists = ([one.to(DEVICE) for one in tensors] for tensors in (run.params, run.momenta, run.variances))
+        return Run(*lists, run.steps.to(DEVICE), run.nonfinite.to(DEVICE))
+
+    def take(run: Run) -> None:
+        state = (run.params, [grad], run.momenta, run.variances, run.steps, run.nonfinite)
+        plain = (plan.groups, plan.components, plan.scales, table)
+        torch.ops.manifold_kernels.step_(*state, *plain, None, None, None, live)
+
+    captured, plain = begun(), begun()
+    for run in (captured, plain):
+        take(run)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take(captured)
+    for number in range(3):
+        grad.copy_(small(torch.randn_like(weight), engine[0]))
+        live[:, HYPER_COLUMNS.index("lr")] = 0.3 / (1 + number)
+        graph.replay()
+        take(plain)
+        assert_same_bits(captured, plain)

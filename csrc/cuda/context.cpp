@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "cuda/limits.h"
+
 namespace mk {
 namespace cuda {
 
@@ -16,7 +18,7 @@ bool is_capturing(at::Device) {
 size_t shared_memory_of_block(at::Device device) {
   int bytes = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
-  return size_t(bytes) - 1024;  // what kernels and the system have for themselves
+  return size_t(bytes) - declared_shared;
 }
 
 }  // namespace cuda

@@ -12,8 +12,8 @@ namespace cuda {
 
 // Of the device that is current.
 Stream current_stream(at::Device);
-bool is_capturing(at::Device);  // into a CUDA graph
-size_t shared_memory_of_block(at::Device);
+bool is_capturing(at::Device);              // into a CUDA graph
+size_t shared_memory_of_block(at::Device);  // that is dynamic, at most
 
 }  // namespace cuda
 }  // namespace mk

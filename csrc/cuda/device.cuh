@@ -3,7 +3,7 @@
 
 #ifdef MK_EMULATED
 #include "emulator.h"
-#define MK_SHARED(T, name) T* const name = static_cast<T*>(emulator::shared_memory())
+#define MK_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared())
 #define MK_SHARED_ARRAY(T, name, count) \
   static const char name##_here = 0;    \
   T* const name = static_cast<T*>(emulator::shared_array(&name##_here, (count) * sizeof(T)))

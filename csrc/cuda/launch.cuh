@@ -3,21 +3,24 @@
 
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
+#include "cuda/limits.h"
 
 namespace mk {
 namespace cuda {
 
 #ifdef MK_EMULATED
 
+template <auto kernel>
+void ask_for_shared(size_t bytes) {
+  emulator::ask_for_shared(bytes);
+}
+
 template <auto kernel, class... A>
-void launch(unsigned blocks, int threads, size_t shared, Stream, A... arguments) {
-  std::tuple<A...> given(arguments...);
-  const auto body = [](void* tuple) { std::apply(kernel, *static_cast<std::tuple<A...>*>(tuple)); };
-  emulator::launch(blocks, unsigned(threads), shared, body, &given);
+void launch_on(Stream, unsigned blocks, int threads, size_t shared, A... arguments) {
+  emulator::launch(blocks, unsigned(threads), shared, [=] { kernel(arguments...); });
 }
 
 #else
@@ -28,13 +31,14 @@ inline void check(cudaError_t error, const char* what) {
                              cudaGetErrorString(error));
 }
 
-// The arguments are of the very types that the kernel takes.
+template <auto kernel>
+void ask_for_shared(size_t bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+        "set aside shared memory");
+}
+
 template <auto kernel, class... A>
-void launch(unsigned blocks, int threads, size_t shared, Stream stream, A... arguments) {
-  // More than 48 KB of a block have to be asked for.
-  if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-          "set aside shared memory");
+void launch_on(Stream stream, unsigned blocks, int threads, size_t shared, A... arguments) {
   void* addresses[] = {&arguments...};
   check(cudaLaunchKernel(kernel, dim3(blocks), dim3(unsigned(threads)), addresses, shared,
                          static_cast<cudaStream_t>(stream)),
@@ -42,6 +46,13 @@ void launch(unsigned blocks, int threads, size_t shared, Stream stream, A... arg
 }
 
 #endif
+
+// The arguments are of the very types that the kernel takes.
+template <auto kernel, class... A>
+void launch(unsigned blocks, int threads, size_t shared, Stream stream, A... arguments) {
+  if (shared + declared_shared > unasked_shared) ask_for_shared<kernel>(shared);
+  launch_on<kernel>(stream, blocks, threads, shared, arguments...);
+}
 
 // As the table of kernels has it.
 template <auto kernel>

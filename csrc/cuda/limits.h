@@ -1,6 +1,7 @@
 // The sizes at which one kernel takes over from another.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cpu/job.h"
@@ -9,6 +10,10 @@ namespace mk {
 namespace cuda {
 
 constexpr int block_threads = 256;
+
+// Shared memory of a block in bytes: what any GPU gives without being asked, and what is kept back of it for the arrays
+// that kernels declare themselves. The rest is dynamic.
+constexpr size_t unasked_shared = 48 * 1024, declared_shared = 1024;
 
 // Vectors: up to here a part of a warp takes one, and a warp; longer ones take a block.
 constexpr int64_t short_vector_elements = 32, warp_vector_elements = 1024;

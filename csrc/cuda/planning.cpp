@@ -1,6 +1,7 @@
 #include "cuda/planning.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "cuda/limits.h"
@@ -35,6 +36,14 @@ bool rows_in_order(const Geometry& g) {
 bool components_in_order(const Geometry& g) {
   return g.batch_dims == 0 ||
          (g.batch_dims == 1 && g.weight_stride[0] == g.elements() && g.grad_stride[0] == g.elements());
+}
+
+// From the first element of a component to the farthest one in memory.
+int64_t reach(const Geometry& g) {
+  int64_t farthest = 0;
+  for (int d = g.batch_dims; d < g.dims; d++)
+    farthest += (g.size[d] - 1) * std::max(g.weight_stride[d], g.grad_stride[d]);
+  return farthest;
 }
 
 std::vector<int64_t> offsets_of_elements(const Geometry& g, const int64_t* stride) {
@@ -109,7 +118,8 @@ void Planner::describe_elements(Group& g, const Geometry& geometry) {
 }
 
 bool Planner::add_small(Group& g, const Geometry& geometry) {
-  if (geometry.elements() > 64) return false;
+  // Threads keep the offsets of a component's elements in 32 bits.
+  if (geometry.elements() > 64 || reach(geometry) > std::numeric_limits<int32_t>::max()) return false;
   Key key{.engine = Engine::small,
           .wide = g.storage == Storage::float64,
           .pass = Pass::step,
@@ -118,7 +128,7 @@ bool Planner::add_small(Group& g, const Geometry& geometry) {
           .n = int(geometry.n),
           .p = int(geometry.p)};
   const Kernel* kernel = find(key);
-  if (kernel == nullptr) return false;
+  if (kernel == nullptr || kernel->shared > shared_limit) return false;
   describe_elements(g, geometry);
   const bool measured = needs_norm(g);
   g.state = left_out;

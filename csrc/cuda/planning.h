@@ -17,12 +17,6 @@ struct Launch {
   std::vector<Tile> tiles;
 };
 
-// What a group's components look like; `geometry` is that of the transposed matrices for Stiefel with n < p.
-struct Shape {
-  int64_t index;  // of the geometry among the planner's
-  const Geometry* geometry;
-};
-
 class Planner {
  public:
   // `shared_limit`: the dynamic shared memory that a block may have. `norms`: whether R is asked for.

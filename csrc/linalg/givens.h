@@ -52,8 +52,10 @@ MK_FN void givens_qf(T* Y, T* Q, Size size) {
   }
   // The last diagonal element of a square R is the only one that no rotation has made >= 0.
   if (n == p) Q[n * p - 1] = select(Y[n * p - 1] < T(0), T(-1), T(1));
+  // Counted upwards: for sm_100 nvcc does not unroll five or six rounds that count down, and Q would lie in memory.
   MK_UNROLL
-  for (int j = p - 1; j >= 0; j--) {
+  for (int l = 0; l < p; l++) {
+    const int j = p - 1 - l;
     MK_UNROLL
     for (int i = j + 1; i < n; i++) {
       MK_UNROLL

@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <type_traits>
 #include <vector>
 
@@ -46,7 +47,7 @@ struct Thread {
 extern Thread* current;
 extern Index block_index, block_size, grid_size;
 
-void* shared_memory();
+void* dynamic_shared();
 void* shared_array(const void* which, size_t bytes);  // the same for all threads of a block
 void fence();
 void atomic(void* at);  // before the number there is changed
@@ -54,13 +55,25 @@ void block_barrier(int line);
 int block_vote(bool vote, int line);  // whether any thread of the block votes so
 void collective(unsigned mask, Wait kind, int line);
 
-void launch(unsigned blocks, unsigned threads, size_t shared, void (*body)(void*), void* context);
+// For the next launch: more than the 48 KB that a block has otherwise, arrays and dynamic memory together.
+void ask_for_shared(size_t bytes);
+
+// `body` is what every thread runs.
+void launch(unsigned blocks, unsigned threads, size_t shared, std::function<void()> body);
 
 // 0: blocks and threads in their order; anything else: an order drawn from it.
 void set_schedule(unsigned seed);
 
 // The blocks of each launch since the last call.
 std::vector<int64_t> launched();
+
+// The bytes of shared memory that a block can have where it asks for them, those of an H100 at first.
+extern size_t shared_memory;
+
+// CUDA graphs: launches are kept in place of run, those before are forgotten; and all of them run.
+void set_capturing(bool);
+bool is_capturing();
+void replay();
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, int line) {

@@ -25,6 +25,9 @@ TORCH_LIBRARY(manifold_kernels_emulated, m) {
   m.def("qf(Tensor x) -> Tensor");
   m.def("polar(Tensor x) -> Tensor");
   m.def("set_schedule(int seed) -> ()", [](int64_t seed) { emulator::set_schedule(unsigned(seed)); });
+  m.def("set_shared_memory(int bytes) -> ()", [](int64_t bytes) { emulator::shared_memory = size_t(bytes); });
+  m.def("set_capturing(bool wanted) -> ()", [](bool wanted) { emulator::set_capturing(wanted); });
+  m.def("replay() -> ()", [] { emulator::replay(); });
   m.def("kernel_names() -> str[]", kernel_names);
   m.def("launched() -> int[]", [] { return emulator::launched(); });
 }

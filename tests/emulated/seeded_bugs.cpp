@@ -96,6 +96,7 @@ void uninitialised_shared(Data d) {
 struct Kernel {
   void (*kernel)(Data);
   unsigned blocks = 1;
+  size_t shared = 64 * sizeof(float);
 };
 
 const std::map<std::string, Kernel> kernels = {
@@ -112,11 +113,8 @@ const std::map<std::string, Kernel> kernels = {
     {"missing_wait_between_phases", {phases<false, true>, 4}},
     {"missing_fence_between_phases", {phases<true, false>, 4}},
     {"uninitialised_shared", {uninitialised_shared}},
-};
-
-struct Call {
-  void (*kernel)(Data);
-  Data data;
+    {"no_blocks", {none, 0}},
+    {"shared_that_nobody_asked_for", {none, 1, 48 << 10}},
 };
 
 }  // namespace
@@ -125,16 +123,12 @@ struct Call {
 int main(int count, char** arguments) {
   if (count != 3) return 2;
   emulator::set_schedule(unsigned(std::atoi(arguments[2])));
-  const Kernel& chosen = kernels.at(arguments[1]);
+  const Kernel chosen = kernels.at(arguments[1]);
   std::vector<float> in(64), out(64), partials(4);
   unsigned long long blocks_done = 0;
   for (int i = 0; i < 64; i++) in[size_t(i)] = float(i);
-  Call call{chosen.kernel, {in.data(), out.data(), 20, partials.data(), &blocks_done}};
-  const auto body = [](void* given) {
-    const Call& c = *static_cast<Call*>(given);
-    c.kernel(c.data);
-  };
-  emulator::launch(chosen.blocks, 64, 64 * sizeof(float), body, &call);
+  const Data data{in.data(), out.data(), 20, partials.data(), &blocks_done};
+  emulator::launch(chosen.blocks, 64, chosen.shared, [=] { chosen.kernel(data); });
   float sum = 0;
   for (const float x : out) sum += x;
   std::printf("%g\n", double(sum));
