@@ -9,6 +9,8 @@ import pytest
 import test_cpu_contract as contract
 import torch
 from stepping import group, hyper_table, like, place_, run_steps, start
+from test_amp_operator import rows_of, weight_of
+from test_capturable import NoReading
 from triton_interpreted import launch, planning, step_
 
 from manifold_kernels import ops
@@ -83,6 +85,20 @@ def test_buffers_are_not_read_before_the_first_step() -> None:
         assert torch.equal(clean.params[0], spoiled.params[0]) and torch.equal(clean.momenta[0], spoiled.momenta[0])
 
 
+@pytest.mark.parametrize("engine", DIRECT, ids=str)
+def test_the_host_waits_for_no_number(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
+    """With a gradient scaler and learning rates in tensors, groups of several programs planned and stepped."""
+    w, rows, table = weight_of(engine), rows_of(engine), hyper_table([{"momentum": 0.9}])
+    run, plan = start([w], rows, [{"momentum": 0.9}]), Plan.build(rows, [w])
+    launch.forget()
+    with NoReading():
+        step_(
+            run.params, [torch.randn_like(w)], run.momenta, run.variances, run.steps, run.nonfinite,
+            plan.groups, plan.components, plan.scales, table, None, torch.tensor(2.0), torch.tensor(0.0), table.clone(),
+        )  # fmt: skip
+    assert run.steps.tolist() == [1] and not torch.equal(run.params[0], w)
+
+
 def test_a_schedule_is_made_once_and_follows_memory() -> None:
     """The same plan and memory: the same launches. Gradients that lie otherwise, scales written to: right steps."""
     w = place_(Sphere(), torch.randn(4, 8, 3, 3), KERNEL)
@@ -137,6 +153,9 @@ def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ops.automatic("cuda") == "triton" and ops.automatic("cpu") in ("cpu", "reference")
     assert ops.resolve("auto", gpu) is step_
+    with monkeypatch.context() as compiled:
+        compiled.setattr(ops, "cuda_error", lambda: None)
+        assert ops.automatic("cuda") == "cuda" and ops.chosen("triton", gpu) == "triton"
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         ops.resolve("triton", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
