@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import runpy
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import test_cpu_contract as contract
 import torch
-from stepping import group, hyper_table, like, place_, run_steps, start
+from stepping import group, hyper_table, place_, run_steps, start
 from test_amp_operator import rows_of, weight_of
 from test_capturable import NoReading
 from triton_interpreted import launch, planning, step_
@@ -72,6 +75,7 @@ def test_degenerate_input() -> None:
     contract.test_zero_weights(torch.float32)
     contract.test_psi_keeps_what_cannot_be_stored()
     contract.test_nothing_to_do()
+    contract.test_negative_and_conjugate_views_are_read_as_what_they_say()
     contract.test_momentum_that_float16_cannot_hold(ENGINES[1])
 
 
@@ -87,16 +91,18 @@ def test_buffers_are_not_read_before_the_first_step() -> None:
 
 @pytest.mark.parametrize("engine", DIRECT, ids=str)
 def test_the_host_waits_for_no_number(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
-    """With a gradient scaler and learning rates in tensors, groups of several programs planned and stepped."""
+    """With a gradient scaler and learning rates in tensors, once a step is planned: of plans, which lie on the CPU,
+    numbers are read."""
     w, rows, table = weight_of(engine), rows_of(engine), hyper_table([{"momentum": 0.9}])
     run, plan = start([w], rows, [{"momentum": 0.9}]), Plan.build(rows, [w])
-    launch.forget()
-    with NoReading():
-        step_(
-            run.params, [torch.randn_like(w)], run.momenta, run.variances, run.steps, run.nonfinite,
-            plan.groups, plan.components, plan.scales, table, None, torch.tensor(2.0), torch.tensor(0.0), table.clone(),
-        )  # fmt: skip
-    assert run.steps.tolist() == [1] and not torch.equal(run.params[0], w)
+    numbers = table, None, torch.tensor(2.0), torch.tensor(0.0), table.clone()
+    for reading in (nullcontext(), NoReading()):
+        with reading:
+            step_(
+                run.params, [torch.randn_like(w)], run.momenta, run.variances, run.steps, run.nonfinite,
+                plan.groups, plan.components, plan.scales, *numbers,
+            )  # fmt: skip
+    assert run.steps.tolist() == [2] and not torch.equal(run.params[0], w)
 
 
 def test_a_schedule_is_made_once_and_follows_memory() -> None:
@@ -117,15 +123,12 @@ def test_a_schedule_is_made_once_and_follows_memory() -> None:
         assert torch.allclose(run.params[0], other.params[0], rtol=1e-5, atol=1e-6)
 
 
-def test_wrong_tensors_are_named() -> None:
-    w = place_(Sphere(), torch.randn(4, 8, 3, 3), KERNEL)
-    rows = [group(Sphere())]
-    with pytest.raises(ValueError, match=r"grads: wanted torch.float32 \(4, 8, 3, 3\)"):
-        run_steps(step_, [w], [[torch.randn(4, 8, 3)]], rows, [{}])
-    run = start([w], rows, [{"momentum": 0.9}])
-    run.momenta[0] = like(w).double()
-    with pytest.raises(ValueError, match=r"momenta: wanted torch\.float32"):
-        run_steps(step_, run, [[torch.randn_like(w)]], rows, [{"momentum": 0.9}])
+@pytest.mark.parametrize(("message", "change"), [case[1:] for case in contract.WRONG], ids=lambda case: None)
+def test_wrong_arguments_raise_before_anything_is_written(message: str, change: Callable[[list[object]], None]) -> None:
+    """What is wrong in a row of the plan is said as the plan says it."""
+    of_the_plan = re.match("groups|components|scales|rows|channel_groups|view", message)
+    message = "plan: |out_dim|rows|channel_groups|view" if of_the_plan else message
+    contract.test_wrong_arguments_raise_before_anything_is_written(message, change)
 
 
 def test_optimizers_step_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
