@@ -6,6 +6,7 @@ anew from the kernels' state each time: errors do not add up, and a bound holds 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,6 +206,27 @@ def check(case: Case, steps: int = 3, step: Step = compiled) -> float:
             worst = max(worst, compare(case, row, plan, before, grad, run, expected, r, r_expected))
     assert worst <= 1, f"error {worst:.3g} of its bound"
     return worst
+
+
+def check_gaps(arrangement: str, step: Step = compiled) -> None:
+    """A step of weights with room between their elements (``gaps``, ``strided``) leaves what lies there as it is."""
+    kinds = [("stiefel", "kernel"), ("sphere", "filter"), ("euclidean", "flat"), ("oblique", "matrix")]
+    for (of, view), dtype in itertools.product(kinds, DTYPES):
+        room = torch.full((7, 19, 4, 9), 7.0, dtype=dtype)
+        inside = room[1:, 1:, 1:, 1:8:2] if arrangement == "strided" else room[1:-1, 1:-1, :3, 2:5]
+        weight = torch.randn(inside.shape, dtype=torch.float64)
+        if of != "euclidean":
+            on_manifold(BY_NAME[of](), weight, Layout(view), torch.ones(views.shape_of(weight, Layout(view)).count))
+        inside.copy_(weight)
+        kept, mask = room.clone(), torch.ones_like(room, dtype=torch.bool)
+        (mask[1:, 1:, 1:, 1:8:2] if arrangement == "strided" else mask[1:-1, 1:-1, :3, 2:5]).fill_(False)
+        hyper = [{"momentum": 0.9}]
+        run = start([inside], [group(of, view)], hyper)
+        plan = Plan.build([group(of, view)], [inside])
+        run.params[0] = inside
+        call(step, run, [torch.randn_like(inside)], plan, hyper_table(hyper))
+        assert torch.equal(room[mask], kept[mask])
+        assert not torch.equal(room[~mask], kept[~mask])
 
 
 def compare(

@@ -21,6 +21,7 @@ from cpu_lockstep import (
     Case,
     arranged,
     check,
+    check_gaps,
     name_of,
     on_manifold,
     one_group,
@@ -278,6 +279,59 @@ def test_several_manifolds_in_one_tensor(arrangement: str, dtype: torch.dtype) -
     hyper = {"lr": 0.2, "momentum": 0.9, "nesterov": 1}
     case = Case(arranged(weight.to(dtype), arrangement), groups, hyper, grad_size=0.5, grad_arrangement=arrangement)
     check(case, steps=1, step=step_)
+
+
+@pytest.mark.parametrize(
+    ("of", "option", "shape", "layout"),
+    [
+        ("sphere", "exp", (9, 300), FILTER),
+        ("oblique", "projection", (3, 3, 40, 10), KERNEL),
+        ("stiefel", "qr", (3, 3, 12, 11), KERNEL),
+        ("stiefel", "polar", (3, 3, 130, 6), KERNEL),
+        ("scale_invariant", "psi_sgd", (9, 300), FILTER),
+        ("grassmann", "sgd_g", (9, 300), FILTER),
+        ("grassmann", "adam_g", (9, 300), FILTER),
+    ],
+)
+def test_listed_components_of_larger_kernels(of: str, option: str, shape: tuple[int, ...], layout: Layout) -> None:
+    """Components dealt at random to a group of one, groups with a norm for each, and one for all."""
+    fg = (of, option) in FG
+    for dtype in (torch.float32, torch.bfloat16):
+        case = one_group(
+            of,
+            option,
+            shape,
+            layout,
+            dtype=dtype,
+            hyper={"lr": 0.2, "momentum": 0.9},
+            grad_size=0.3 if of != "scale_invariant" else 0.001,
+        )
+        parts = torch.randperm(9, generator=torch.Generator().manual_seed(1)).split((1, 3, 5))
+        how = {"retraction": option, "step_size": "general"} if fg else {"rule": option}
+        case.groups = [
+            group(of, layout, components=part, individual=fg and index == 1, **how) for index, part in enumerate(parts)
+        ]
+        check(case, steps=2, step=step_)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 33])
+def test_counts(count: int, small_blocks: None) -> None:
+    """Fewer than a block, as many and more: 16 matrices, 8 vectors, and as many rows."""
+    for of, option, shape, layout in (
+        ("sphere", "projection", (count, 1, 3, 3), KERNEL),
+        ("stiefel", "qr", (count, 1, 6, 5), KERNEL),
+        ("sphere", "exp", (count, 33), FILTER),
+        ("scale_invariant", "psi_sgd", (count, 20), FILTER),
+        ("euclidean", "add", (count, 16), FLAT),
+    ):
+        how = {"step_size": "general"} if (of, option) in FG else {}
+        case = one_group(of, option, shape, layout, hyper={"lr": 0.1, "momentum": 0.9}, grad_size=0.01, **how)
+        check(case, steps=1, step=step_)
+
+
+@pytest.mark.parametrize("arrangement", ["gaps", "strided"])
+def test_what_lies_between_is_not_written(arrangement: str) -> None:
+    check_gaps(arrangement, step_)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
