@@ -295,28 +295,20 @@ def test_several_manifolds_in_one_tensor(arrangement: str, dtype: torch.dtype) -
 )
 def test_listed_components_of_larger_kernels(of: str, option: str, shape: tuple[int, ...], layout: Layout) -> None:
     """Components dealt at random to a group of one, groups with a norm for each, and one for all."""
-    fg = (of, option) in FG
-    for dtype in (torch.float32, torch.bfloat16):
-        case = one_group(
-            of,
-            option,
-            shape,
-            layout,
-            dtype=dtype,
-            hyper={"lr": 0.2, "momentum": 0.9},
-            grad_size=0.3 if of != "scale_invariant" else 0.001,
-        )
-        parts = torch.randperm(9, generator=torch.Generator().manual_seed(1)).split((1, 3, 5))
-        how = {"retraction": option, "step_size": "general"} if fg else {"rule": option}
-        case.groups = [
-            group(of, layout, components=part, individual=fg and index == 1, **how) for index, part in enumerate(parts)
-        ]
-        check(case, steps=2, step=step_)
+    fg, small = (of, option) in FG, 0.001 if of == "scale_invariant" else 0.3
+    dtype = torch.bfloat16 if layout == FILTER else torch.float32
+    case = one_group(of, option, shape, layout, dtype=dtype, hyper={"lr": 0.2, "momentum": 0.9}, grad_size=small)
+    parts = torch.randperm(9, generator=torch.Generator().manual_seed(1)).split((1, 3, 5))
+    how = {"retraction": option, "step_size": "general"} if fg else {"rule": option}
+    case.groups = [
+        group(of, layout, components=part, individual=fg and index == 1, **how) for index, part in enumerate(parts)
+    ]
+    check(case, steps=1, step=step_)
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("count", [1, 8, 15, 17])
 def test_counts(count: int, small_blocks: None) -> None:
-    """Fewer than a block, as many and more: 16 matrices, 8 vectors, and as many rows."""
+    """One less than a block, as many and one more: 16 matrices, 8 vectors, and as many rows."""
     for of, option, shape, layout in (
         ("sphere", "projection", (count, 1, 3, 3), KERNEL),
         ("stiefel", "qr", (count, 1, 6, 5), KERNEL),
