@@ -16,7 +16,7 @@ from test_amp_operator import rows_of, weight_of
 from test_capturable import NoReading
 from triton_interpreted import launch, planning, step_
 
-from manifold_kernels import ops
+from manifold_kernels import ops, validate
 from manifold_kernels.manifolds import Grassmann, Sphere, Stiefel
 from manifold_kernels.optim import FGSGD, PSISGD, AdamG
 from manifold_kernels.plan import Plan
@@ -105,6 +105,21 @@ def test_the_host_waits_for_no_number(engine: tuple[str, str, tuple[int, ...], L
     assert run.steps.tolist() == [2] and not torch.equal(run.params[0], w)
 
 
+@pytest.mark.parametrize(("lanes", "launches"), [(1024, 1), (16, 3)])
+def test_launches_do_not_grow_with_the_number_of_tensors(
+    lanes: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One where groups fit in a program; norms, their sums and steps where they do not."""
+    monkeypatch.setattr(planning, "LANES", lanes)
+    for number in (1, 20):
+        weights = [place_(Sphere(), torch.randn(4, 8, 3, 3), KERNEL) for _ in range(number)]
+        rows = [group(Sphere(), parameter=index, step_size="general") for index in range(number)]
+        table, momenta = hyper_table([{"momentum": 0.9}]), [torch.zeros_like(w) for w in weights]
+        plan = Plan.build(rows, weights)
+        made = planning.schedule(plan, weights, weights, momenta, table, norms=False, amp=False)
+        assert len(made.launches) == launches
+
+
 def test_a_schedule_is_made_once_and_follows_memory() -> None:
     """The same plan and memory: the same launches. Gradients that lie otherwise, scales written to: right steps."""
     w = place_(Sphere(), torch.randn(4, 8, 3, 3), KERNEL)
@@ -147,6 +162,12 @@ def test_optimizers_step_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             weights.append(w.detach())
         # Two steps with a few dozen roundings each.
         assert torch.allclose(*weights, rtol=0, atol=100 * torch.finfo(torch.float32).eps)
+
+
+def test_what_validate_checks_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for case in {case.label: case for case in validate.cases(quick=True)}.values():
+        assert validate.run(case, "triton").passed, case
 
 
 def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
