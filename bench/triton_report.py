@@ -17,12 +17,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "triton_resources.md"
 
 TEXT = """# What the Triton kernels take
 
-Written by `make triton-report` from what Triton {version} makes of the kernels for GPUs that are not there; `tests/test_triton_compile.py` holds them to ceilings, and
-[The Triton backend](triton.md) says which kernel steps what. Weights are float32 where no type is said, with momentum; "scaled" ones with a gradient scaler; where a
-kernel has a part for norms and one for steps, with the step size of [FG] Eq. 5.
+Written by `make triton-report` from what Triton {version} makes of the kernels for GPUs that are not there;
+`tests/test_triton_compile.py` holds them to ceilings. [The Triton backend](triton.md) says which kernel steps what.
+Weights are float32 where no type is said, with momentum; "scaled" ones with a gradient scaler; where a kernel has a
+part for norms and one for steps, with the step size of [FG] Eq. 5.
 
-Figures in a cell are those of {targets}, one figure is that of all. Spills are bytes a thread, stored and loaded (registers on gfx942). "By 16 bytes": the share of
-16-byte accesses to memory among all but those of 8, which are to the tables.
+Figures in a cell are those of {targets}, one figure is that of all. Spills are bytes a thread,
+stored and loaded (registers on gfx942). "By 16 bytes": the share of 16-byte accesses to memory among all but those of
+8, which are to the tables.
 
 | kernel | registers | spills | by 16 bytes |
 | --- | --- | --- | --- |
