@@ -1,4 +1,5 @@
 # make demo | test | test-long | lint | bench | api | build | clean. All of them set up .venv first (Python 3.11 or newer).
+# make triton-report: the Triton kernels, compiled.
 # make cuda-report | cuda-build | test-gpu | bench-gpu: the CUDA kernels; all but the first in .venv-cuda, with CUDA's torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +15,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.to
 CUDA_SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-long lint bench api build clean cuda-report cuda-build gpu test-gpu bench-gpu
+.PHONY: demo test test-long lint bench api build clean triton-report cuda-report cuda-build gpu test-gpu bench-gpu
 
 build: .venv/built
 
@@ -42,6 +43,10 @@ bench: .venv/built .venv/dev
 # The API reference in docs/api, from the docstrings.
 api: .venv/built .venv/dev
 	$(BIN)/pdoc --docformat restructuredtext --output-directory docs/api manifold_kernels $(HIDDEN)
+
+# What compilers make of the Triton kernels for GPUs that are not there.
+triton-report: .venv/base .venv/dev
+	PYTHONPATH=. $(BIN)/python tests/triton_compiled.py --all sm_80 sm_90 sm_100 gfx942 | $(BIN)/python bench/triton_report.py
 
 # What nvcc makes of the kernels for GPUs that are not there. Needs nvcc.
 cuda-report: .venv/base .venv/dev

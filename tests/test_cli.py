@@ -55,6 +55,7 @@ def test_validate_passes_on_the_backends_that_are_present() -> None:
     result = runner.invoke(app, ["validate", "--quick"])
     assert result.exit_code == 0, result.output
     assert "reference: steps" in result.output and "FAILED" not in result.output
+    assert all(f"{name}: " in result.output for name in ops.backends())  # checked, or why not
 
 
 def test_validate_fails_where_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

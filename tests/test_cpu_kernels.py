@@ -19,8 +19,8 @@ from cpu_lockstep import (
     VECTOR_RULES,
     Case,
     arranged,
-    call,
     check,
+    check_gaps,
     compiled,
     name_of,
     on_manifold,
@@ -28,11 +28,10 @@ from cpu_lockstep import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import group, hyper_table, run_steps, start
+from stepping import group, run_steps
 
 from manifold_kernels import ops, views
 from manifold_kernels.manifolds import BY_NAME, Euclidean
-from manifold_kernels.plan import Plan
 from manifold_kernels.views import Layout
 
 if (missing := ops.extension_error()) is not None:
@@ -446,23 +445,7 @@ def test_groups_beyond_a_cache_take_two_passes(
 
 @pytest.mark.parametrize("arrangement", ["gaps", "strided"])
 def test_what_lies_between_is_not_written(arrangement: str) -> None:
-    kinds = [("stiefel", "kernel"), ("sphere", "filter"), ("euclidean", "flat"), ("oblique", "matrix")]
-    for (of, view), dtype in itertools.product(kinds, DTYPES):
-        room = torch.full((7, 19, 4, 9), 7.0, dtype=dtype)
-        inside = room[1:, 1:, 1:, 1:8:2] if arrangement == "strided" else room[1:-1, 1:-1, :3, 2:5]
-        weight = torch.randn(inside.shape, dtype=torch.float64)
-        if of != "euclidean":
-            on_manifold(BY_NAME[of](), weight, Layout(view), torch.ones(views.shape_of(weight, Layout(view)).count))
-        inside.copy_(weight)
-        kept, mask = room.clone(), torch.ones_like(room, dtype=torch.bool)
-        (mask[1:, 1:, 1:, 1:8:2] if arrangement == "strided" else mask[1:-1, 1:-1, :3, 2:5]).fill_(False)
-        hyper = [{"momentum": 0.9}]
-        run = start([inside], [group(of, view)], hyper)
-        plan = Plan.build([group(of, view)], [inside])
-        run.params[0] = inside
-        call(compiled, run, [torch.randn_like(inside)], plan, hyper_table(hyper))
-        assert torch.equal(room[mask], kept[mask])
-        assert not torch.equal(room[~mask], kept[~mask])
+    check_gaps(arrangement)
 
 
 @st.composite

@@ -4,18 +4,23 @@ their choice, and optimizers."""
 from __future__ import annotations
 
 import math
+import re
 import runpy
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
+import test_amp_operator as amp
 import test_cpu_arguments as arguments
 import test_cpu_degenerate as degenerate
 import torch
 from cpu_engines import row, weight_of
 from cpu_lockstep import call
-from stepping import group, hyper_table, like, place_, run_steps, start
+from stepping import group, hyper_table, place_, run_steps, start
+from test_capturable import NoReading
 from triton_interpreted import launch, planning, step_
 
-from manifold_kernels import ops
+from manifold_kernels import ops, validate
 from manifold_kernels.manifolds import Grassmann, Sphere, Stiefel
 from manifold_kernels.optim import FGSGD, PSISGD, AdamG
 from manifold_kernels.plan import Plan
@@ -75,6 +80,7 @@ def test_degenerate_input() -> None:
     degenerate.test_zero_weights(torch.float32)
     degenerate.test_psi_keeps_what_cannot_be_stored()
     arguments.test_nothing_to_do()
+    arguments.test_negative_and_conjugate_views_are_read_as_what_they_say()
     degenerate.test_momentum_that_float16_cannot_hold(ENGINES[1])
 
 
@@ -86,6 +92,37 @@ def test_buffers_are_not_read_before_the_first_step() -> None:
             run_steps(step_, [w], [[grad]], rows, [{"momentum": 0.9}], fill=fill) for fill in (0.0, math.nan)
         )
         assert torch.equal(clean.params[0], spoiled.params[0]) and torch.equal(clean.momenta[0], spoiled.momenta[0])
+
+
+@pytest.mark.parametrize("engine", DIRECT, ids=str)
+def test_the_host_waits_for_no_number(engine: tuple[str, str, tuple[int, ...], Layout]) -> None:
+    """With a gradient scaler and learning rates in tensors, once a step is planned: of plans, which lie on the CPU,
+    numbers are read."""
+    w, rows, table = amp.weight_of(engine), amp.rows_of(engine), hyper_table([{"momentum": 0.9}])
+    run, plan = start([w], rows, [{"momentum": 0.9}]), Plan.build(rows, [w])
+    numbers = table, None, torch.tensor(2.0), torch.tensor(0.0), table.clone()
+    for reading in (nullcontext(), NoReading()):
+        with reading:
+            step_(
+                run.params, [torch.randn_like(w)], run.momenta, run.variances, run.steps, run.nonfinite,
+                plan.groups, plan.components, plan.scales, *numbers,
+            )  # fmt: skip
+    assert run.steps.tolist() == [2] and not torch.equal(run.params[0], w)
+
+
+@pytest.mark.parametrize(("lanes", "launches"), [(1024, 1), (16, 3)])
+def test_launches_do_not_grow_with_the_number_of_tensors(
+    lanes: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One where groups fit in a program; norms, their sums and steps where they do not."""
+    monkeypatch.setattr(planning, "LANES", lanes)
+    for number in (1, 20):
+        weights = [place_(Sphere(), torch.randn(4, 8, 3, 3), KERNEL) for _ in range(number)]
+        rows = [group(Sphere(), parameter=index, step_size="general") for index in range(number)]
+        table, momenta = hyper_table([{"momentum": 0.9}]), [torch.zeros_like(w) for w in weights]
+        plan = Plan.build(rows, weights)
+        made = planning.schedule(plan, weights, weights, momenta, table, norms=False, amp=False)
+        assert len(made.launches) == launches
 
 
 def test_a_schedule_is_made_once_and_follows_memory() -> None:
@@ -106,15 +143,12 @@ def test_a_schedule_is_made_once_and_follows_memory() -> None:
         assert torch.allclose(run.params[0], other.params[0], rtol=1e-5, atol=1e-6)
 
 
-def test_wrong_tensors_are_named() -> None:
-    w = place_(Sphere(), torch.randn(4, 8, 3, 3), KERNEL)
-    rows = [group(Sphere())]
-    with pytest.raises(ValueError, match=r"grads: wanted torch.float32 \(4, 8, 3, 3\)"):
-        run_steps(step_, [w], [[torch.randn(4, 8, 3)]], rows, [{}])
-    run = start([w], rows, [{"momentum": 0.9}])
-    run.momenta[0] = like(w).double()
-    with pytest.raises(ValueError, match=r"momenta: wanted torch\.float32"):
-        run_steps(step_, run, [[torch.randn_like(w)]], rows, [{"momentum": 0.9}])
+@pytest.mark.parametrize(("message", "change"), [case[1:] for case in arguments.WRONG], ids=lambda case: None)
+def test_wrong_arguments_raise_before_anything_is_written(message: str, change: Callable[[list[object]], None]) -> None:
+    """What is wrong in a row of the plan is said as the plan says it."""
+    of_the_plan = re.match("groups|components|scales|rows|channel_groups|view", message)
+    message = "plan: |out_dim|rows|channel_groups|view" if of_the_plan else message
+    arguments.test_wrong_arguments_raise_before_anything_is_written(message, change)
 
 
 def test_optimizers_step_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +169,12 @@ def test_optimizers_step_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(*weights, rtol=0, atol=100 * torch.finfo(torch.float32).eps)
 
 
+def test_what_validate_checks_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for case in {case.label: case for case in validate.cases(quick=True)}.values():
+        assert validate.run(case, "triton").passed, case
+
+
 def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.delenv("MANIFOLD_KERNELS_BACKEND", raising=False)
@@ -142,6 +182,9 @@ def test_the_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ops.automatic("cuda") == "triton" and ops.automatic("cpu") in ("cpu", "reference")
     assert ops.resolve("auto", gpu) is step_
+    with monkeypatch.context() as compiled:
+        compiled.setattr(ops, "cuda_error", lambda: None)
+        assert ops.automatic("cuda") == "cuda" and ops.chosen("triton", gpu) == "triton"
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         ops.resolve("triton", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

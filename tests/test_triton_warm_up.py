@@ -1,4 +1,4 @@
-"""Kernels compiled ahead: what ``warm_up`` asks Triton for is what a step launches afterwards."""
+"""Kernels compiled ahead: what ``warm_up`` asks Triton for is what a step launches afterwards, fusion pinned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from cpu_lockstep import Case, one_group
 from stepping import Run, hyper_table, like, start
 from torch import Tensor
-from triton_interpreted import launch
+from triton_interpreted import decompositions, launch
 
 from manifold_kernels.plan import Plan
 from manifold_kernels.views import Layout
@@ -71,10 +71,24 @@ def test_a_step_finds_everything_compiled(
         plain(launch.replace(what, kernel=launch.replace(what.kernel, function=recorder)), *rest)
 
     monkeypatch.setattr(launch, "_launch", recorded)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     launch.warm_up(*arguments)
     assert compiled and not launched
     after = (case.weight, run.momenta[0], run.steps, run.nonfinite)
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     launch.step_(*arguments)
-    assert launched == compiled
+    assert launched == compiled and all(map(pinned, launched))
     launch.forget()
+
+
+def pinned(specialised: tuple[Any, ...]) -> bool:
+    """Whether what is fused is left to the kernel alone."""
+    return dict(specialised[-1])["enable_fp_fusion"] == "False"
+
+
+def test_decompositions_are_compiled_as_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(decompositions, "INTERPRETED", False)
+    x = torch.randn(5, 3, 3)
+    decompositions._launch(Recorder("qr", [], launched), x, x, x, WITH_R=True)
+    assert len(launched) == 1 and all(map(pinned, launched))

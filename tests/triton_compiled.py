@@ -31,6 +31,8 @@ STIEFEL = [
     (7, 4, "cayley"),
     (16, 16, "qr"),
     (16, 16, "exp"),
+    (32, 32, "cayley"),
+    (32, 32, "exp"),
     (64, 64, "qr"),
     (64, 64, "polar"),
     (64, 64, "cayley"),
@@ -38,6 +40,8 @@ STIEFEL = [
     (128, 128, "qr"),
     (128, 128, "polar"),
 ]
+#: The same in float64.
+WIDE = [(3, 3, "qr"), (8, 8, "qr"), (32, 32, "exp"), (64, 64, "qr"), (64, 128, "polar")]
 #: Decompositions: sizes and types.
 DECOMPOSITIONS = [
     (3, 3, torch.float32),
@@ -50,11 +54,19 @@ DECOMPOSITIONS = [
 #: What takes long to compile, or is like another: with ``--all`` only.
 MORE = [
     *(f"stiefel {n}x{p} {option}" for n, p, option in STIEFEL[6:]),
+    *(f"stiefel {n}x{p} {option} float64" for n, p, option in WIDE[2:]),
     *(f"{what} {size}" for what in ("qr", "polar") for size in ("64x64", "32x32 float64")),
 ]
 
 #: One case for each kernel, compiled with AMP's numbers too.
 SCALED = ("euclidean", "stiefel 3x3 channels_last", "sphere 4608", "stiefel 8x8 polar", "psi_sgd 576", "adam_g 576")
+
+
+def on(target: str) -> str:
+    """``target``, planned for from now on: AMD's warps have twice as many threads."""
+    planning.WARP = 32 if compiling.TARGETS[target].backend == "cuda" else 64
+    planning.LANES = 4 * planning.WARP
+    return target
 
 
 def kernels(case: Case, amp: bool) -> list[planning.Kernel]:
@@ -79,10 +91,11 @@ def cases() -> dict[str, Case]:
         )
     for option in ("polar", "cayley", "exp"):
         out[f"stiefel 3x3 {option}"] = one_group("stiefel", option, (64, 64, 3, 3), KERNEL, hyper=SGD)
-    out["stiefel 3x3 float64"] = one_group("stiefel", "qr", (64, 64, 3, 3), KERNEL, hyper=SGD, dtype=torch.float64)
     for n, p, option in STIEFEL:
         out[f"stiefel {n}x{p} {option}"] = one_group("stiefel", option, (8, 8, n, p), KERNEL, hyper=SGD)
-    out["stiefel 8x8 float64"] = one_group("stiefel", "qr", (8, 8, 8, 8), KERNEL, hyper=SGD, dtype=torch.float64)
+    for n, p, option in WIDE:
+        name = f"stiefel {n}x{p} {option} float64"
+        out[name] = one_group("stiefel", option, (8, 8, n, p), KERNEL, hyper=SGD, dtype=torch.float64)
     out["sphere 4608"] = one_group("sphere", "projection", (64, 4608), FILTER, hyper=SGD, step_size="general")
     out["sphere 576 exp"] = one_group("sphere", "exp", (64, 576), FILTER, hyper=SGD)
     out["oblique 512x256"] = one_group("oblique", "projection", (256, 512), MATRIX, hyper=SGD, step_size="general")
@@ -93,30 +106,36 @@ def cases() -> dict[str, Case]:
     return out
 
 
-def report(name: str, kernel: planning.Kernel, targets: list[str], types: Mapping[str, str]) -> None:
-    for target in targets:
-        found = compiling.compile_kernel(kernel, target, types)
-        line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}
-        print(json.dumps({"kernel": name, "target": target, **line}), flush=True)
+def report(name: str, kernel: planning.Kernel, target: str, types: Mapping[str, str]) -> None:
+    found = compiling.compile_kernel(kernel, target, types)
+    line = {"registers": found.registers, "spills": found.spills, "share": round(found.share(), 2)}
+    print(json.dumps({"kernel": name, "target": target, **line}), flush=True)
 
 
-def main(everything: bool, targets: list[str]) -> None:
+def steps(everything: bool, targets: list[str]) -> None:
+    """What optimizers launch."""
     made = {name: case for name, case in cases().items() if everything or name not in MORE}
     for name, amp in [*((name, False) for name in made), *((name, True) for name in SCALED)]:
-        for kernel in kernels(made[name], amp):
-            mode = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(
-                dict(kernel.constants)["MODE"], ""
-            )
-            report(name + mode + ", scaled" * amp, kernel, targets, compiling.STEP)
+        for target in map(on, targets):
+            for kernel in kernels(made[name], amp):
+                mode = dict(kernel.constants)["MODE"]
+                part = {tables.MEASURE.value: ", norms", tables.STEP.value: ", steps"}.get(mode, "")
+                report(name + part + ", scaled" * amp, kernel, target, compiling.STEP)
+
+
+def batches(everything: bool, targets: list[str]) -> None:
+    """What ``functional.qr`` and ``polar`` launch."""
     for n, p, dtype in DECOMPOSITIONS:
         x = torch.empty(1024, n, p, dtype=dtype)
         for name, function, more in (("qr", decompose.qr, {"WITH_R": True}), ("polar", decompose.polar, {})):
             name += f" {n}x{p}" + " float64" * (dtype == torch.float64)
             if everything or name not in MORE:
-                kernel, _ = decompositions.planned(function, x, **more)
-                report(name, kernel, targets, compiling.DECOMPOSITIONS[dtype])
+                for target in map(on, targets):
+                    kernel, _ = decompositions.planned(function, x, **more)
+                    report(name, kernel, target, compiling.DECOMPOSITIONS[dtype])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main("--all" in sys.argv, [target for target in sys.argv[1:] if target != "--all"])
+    for what in (steps, batches):
+        what("--all" in sys.argv, [target for target in sys.argv[1:] if target != "--all"])

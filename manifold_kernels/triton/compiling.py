@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -42,6 +43,7 @@ class Resources:
     spills: int
     loads: Counter[int]
     stores: Counter[int]
+    multiply_adds: int
 
     def share(self) -> float:
         """The share of 16-byte loads and stores, those of 8 bytes, which are numbers of the tables, left out."""
@@ -49,7 +51,9 @@ class Resources:
         return both[128] / max(sum(both.values()) - both[64], 1)
 
 
-def compile_kernel(kernel: Kernel, target: str, types: Mapping[str, str] = STEP) -> Resources:
+def compile_kernel(
+    kernel: Kernel, target: str, types: Mapping[str, str] = STEP, options: Mapping[str, Any] = OPTIONS
+) -> Resources:
     """Compile ``kernel`` for one of :data:`TARGETS`; needs no GPU, and no interpreter in its place.
 
     ``types``: of arguments that are neither constants nor pointers to int64.
@@ -59,7 +63,7 @@ def compile_kernel(kernel: Kernel, target: str, types: Mapping[str, str] = STEP)
     signature = {name: "constexpr" if name in constants else types.get(name, "*i64") for name in names}
     source = ASTSource(kernel.function, signature, {(names.index(name),): value for name, value in constants.items()})
     on = TARGETS[target]
-    made = triton.compile(source, target=on, options={**OPTIONS, "num_warps": kernel.warps})
+    made = triton.compile(source, target=on, options={**options, "num_warps": kernel.warps})
     return _of_nvidia(made.asm["ptx"], made.asm["cubin"]) if on.backend == "cuda" else _of_amd(made.asm["amdgcn"])
 
 
@@ -81,7 +85,7 @@ def _of_nvidia(ptx: str, cubin: bytes) -> Resources:
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
     widths = {kind: Counter(_width(m) for m in re.findall(rf"\b{kind}\.E(\S*)", code)) for kind in ("LDG", "STG")}
-    return Resources(registers, spills, widths["LDG"], widths["STG"])
+    return Resources(registers, spills, widths["LDG"], widths["STG"], len(re.findall(r"\b[FD]FMA\b", code)))
 
 
 def _width(modifiers: str) -> int:
@@ -92,8 +96,9 @@ def _of_amd(assembly: str) -> Resources:
     registers, spills = (
         int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0]) for name in ("vgpr_count", "vgpr_spill_count")
     )
-    widths = {"": 32, "x2": 64, "x3": 96, "x4": 128}
+    widths = {"short": 16, "ushort": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
     loads, stores = (
-        Counter(widths[m] for m in re.findall(rf"global_{kind}_dword(x\d)?\b", assembly)) for kind in ("load", "store")
+        Counter(widths[m] for m in re.findall(rf"\bglobal_{kind}_(u?short|dword(?:x\d)?)", assembly))
+        for kind in ("load", "store")
     )
-    return Resources(registers, spills, loads, stores)
+    return Resources(registers, spills, loads, stores, len(re.findall(r"\bv_(?:pk_)?fmac?_f(?:32|64)", assembly)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manifold_kernels.triton import decompose
 from manifold_kernels.triton.launch import OPTIONS
-from manifold_kernels.triton.planning import INTERPRETED, Kernel, power_above
+from manifold_kernels.triton.planning import INTERPRETED, Kernel, power_above, warps_of
 
 #: Bytes of a program's matrices, padding included, and the most that a matrix may have: larger ones would spill.
 BLOCK = 2**17 if INTERPRETED else 2**12
@@ -38,8 +38,8 @@ def planned(function: Any, x: Tensor, **constants: Any) -> tuple[Kernel, int]:
     count = math.prod(x.shape[:-2])
     lanes = min(max(BLOCK // _padded_bytes(x), 1), power_above(count))
     sizes = {"N": n, "P": p, "ROWS": power_above(n), "COLUMNS": power_above(p), "LANES": lanes, **constants}
-    warps = min(max(lanes * _padded_bytes(x) // 1024, 1), 16)
-    return Kernel(function, tuple(sizes.items()), warps), triton.cdiv(count, lanes)
+    kernel = Kernel(function, tuple(sizes.items()), warps_of(lanes * _padded_bytes(x), 32))
+    return kernel, triton.cdiv(count, lanes)
 
 
 def _launch(function: Any, x: Tensor, *outputs: Tensor, **constants: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manifold_kernels.plan import Plan
 from manifold_kernels.triton import library
+from manifold_kernels.triton.arguments import check_arguments
 from manifold_kernels.triton.planning import INTERPRETED, RETRACTION_NAMES, Launch, Member, Schedule, schedule
 from manifold_kernels.triton.tables import HYPER_COLUMNS
 
@@ -111,8 +112,11 @@ def _run(
     only_compile: bool,
 ) -> None:
     device = params[0].device
-    _check(params, grads, momenta)
-    what = _schedule(plan, params, grads, momenta, hyper, norms is not None, amp is not None)
+    # A lazy view has its sign in a flag, which kernels do not see.
+    grads = [None if grad is None else grad.resolve_neg() for grad in grads]
+    what = _schedule(
+        params, grads, momenta, variances, steps, nonfinite, plan, hyper, norms is not None, amp is not None
+    )
     addresses = _addresses(params, grads, momenta, variances, steps)
     counts = nonfinite if nonfinite.device == device else torch.zeros_like(nonfinite, device=device)
     measured = None
@@ -234,25 +238,28 @@ def _table(hyper: Tensor, amp: Amp | None, device: torch.device) -> Tensor:
 
 
 def _schedule(
-    plan: Plan,
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Tensor,
+    nonfinite: Tensor,
+    plan: Plan,
     hyper: Tensor,
     norms: bool,
     amp: bool,
 ) -> Schedule:
-    """The launches, from the last time that plan, options and memory were the same."""
+    """The launches, from the last time that plan, options and memory were the same, or checked and made now."""
+    lists = [params, grads, momenta, variances, (steps, nonfinite, plan.scales, hyper)]
     key = (
         (id(plan.groups), plan.groups._version, id(plan.components), plan.components._version, norms, amp),
         tuple((row[1] != 0, row[3] != 0, row[4] != 0, row[5] != 0) for row in hyper.tolist()),
-        tuple(_seen(param) for param in params),
-        tuple(None if grad is None else _seen(grad) for grad in grads),
-        tuple(_seen(momentum) for momentum in momenta),
+        tuple(tuple(None if tensor is None else _seen(tensor) for tensor in some) for some in lists),
     )
     if key in _SCHEDULES:
         _SCHEDULES.move_to_end(key)
     else:
+        check_arguments(params, grads, momenta, variances, steps, nonfinite, plan, hyper)
         made = schedule(plan, params, grads, momenta, hyper, norms, amp)
         # The plan's tensors are kept with it, so that no other tensor can come by their identity.
         _SCHEDULES[key] = made, (plan.groups, plan.components)
@@ -269,21 +276,3 @@ def forget() -> None:
 
 def _seen(tensor: Tensor) -> Hashable:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
-
-
-def _check(params: Sequence[Tensor], grads: Sequence[Tensor | None], momenta: Sequence[Tensor]) -> None:
-    """What a kernel would read beyond must not reach it."""
-    device = params[0].device
-    for index, (param, grad, momentum) in enumerate(zip(params, grads, momenta, strict=True)):
-        if param.device != device:
-            raise ValueError(f"params: wanted all on {device}, got parameter {index} on {param.device}.")
-        if grad is not None and (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, device):
-            raise ValueError(
-                f"grads: wanted {param.dtype} {tuple(param.shape)} on {device} for parameter {index}, got {grad.dtype} "
-                f"{tuple(grad.shape)} on {grad.device}."
-            )
-        if momentum.numel() and (momentum.shape, momentum.dtype, momentum.device) != (param.shape, param.dtype, device):
-            raise ValueError(
-                f"momenta: wanted {param.dtype} {tuple(param.shape)} on {device} for parameter {index}, got "
-                f"{momentum.dtype} {tuple(momentum.shape)} on {momentum.device}."
-            )

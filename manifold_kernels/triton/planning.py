@@ -33,8 +33,10 @@ RETRACTION_NAMES = {code: name for name, code in RETRACTIONS.items()}
 INTERPRETED = interpreted()
 #: Elements of a program's tile. The interpreter pays by the program, a machine by the register.
 TILE = 2**16 if INTERPRETED else 4096
-#: Lanes of a program whose lanes are matrices.
-LANES = 1024 if INTERPRETED else 128
+#: Threads of a warp; AMD's GPUs for computing have 64.
+WARP = 64 if torch.version.hip else 32
+#: Lanes of a program whose lanes are matrices: one to each thread of four warps, or four to each thread of one.
+LANES = 1024 if INTERPRETED else 4 * WARP
 #: The largest matrices that are unrolled on a lane: vectors and columns, Stiefel by Givens, Stiefel otherwise.
 UNROLLED, UNROLLED_QR, UNROLLED_OTHERS = 32, 5, 4
 #: The most bytes of a Stiefel matrix that a program takes, padded and as it is computed with, and of the n x n matrices
@@ -349,9 +351,8 @@ def _lanes(of: Member, axes: Axes, n: int, p: int, retraction: str, longest: flo
         "LANES": LANES,
     }
     # Fewer matrices to a thread in 16 bits: what is computed in is wider than what is loaded.
-    kernel = Kernel(
-        lanes.step, tuple(constants.items()), 4 if not vectorised else 1 if of.weight.dtype.itemsize == 4 else 2
-    )
+    warps = 4 if not vectorised else 1 if of.weight.dtype.itemsize == 4 else 2
+    kernel = Kernel(lanes.step, tuple(constants.items()), warps)
     return _Piece(kernel, axes, of.at["count"], LANES)
 
 
@@ -376,7 +377,7 @@ def _vectors(of: Member, axes: Axes, n: int, p: int, arc: str, longest: float, c
         "COLUMNS": columns,
         "BLOCK": block,
     }
-    kernel = Kernel(vectors.step, tuple(constants.items()), _warps(per_tile * columns * block))
+    kernel = Kernel(vectors.step, tuple(constants.items()), warps_of(per_tile * columns * block, 16))
     return _Piece(kernel, axes, count, per_tile, p if split else 1, columns if split else 1)
 
 
@@ -388,7 +389,7 @@ def _rows(of: Member, function: Any, axes: Axes, n: int, more: dict[str, Any]) -
     constants = {"N": n, **shared, **more, "LANES": per_tile, "BLOCK": block}
     if function is scale_invariant.step:
         constants["DECAY"] = of.decay
-    return _Piece(Kernel(function, tuple(constants.items()), _warps(2 * per_tile * block)), axes, count, per_tile)
+    return _Piece(Kernel(function, tuple(constants.items()), warps_of(2 * per_tile * block, 16)), axes, count, per_tile)
 
 
 def _elements(of: Member, axes: Axes, size: int, whole: bool) -> _Piece:
@@ -421,12 +422,13 @@ def _matrices(of: Member, axes: Axes, n: int, p: int, retraction: str, size: int
         "ROWS": power_above(n),
         "COLUMNS": power_above(p),
     }
-    warps = min(max(per_tile * size // 1024, 1), 16)
-    return _Piece(Kernel(matrices.step, tuple(constants.items()), warps), axes, of.at["count"], per_tile)
+    kernel = Kernel(matrices.step, tuple(constants.items()), warps_of(per_tile * size, 32))
+    return _Piece(kernel, axes, of.at["count"], per_tile)
 
 
-def _warps(elements_: int) -> int:
-    return min(max(elements_ // 512, 1), 16)
+def warps_of(work: int, share: int) -> int:
+    """The warps of a program whose threads take ``share`` of its ``work`` each, at most 512 of them."""
+    return min(max(work // (share * WARP), 1), 512 // WARP)
 
 
 def _cut(builder: _Builder, of: Member, piece: _Piece) -> None:
