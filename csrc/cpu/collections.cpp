@@ -114,18 +114,19 @@ class Collected {
     at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
       for (int64_t chunk = from; chunk < to; chunk++) k.collection_first(collection, chunk);
     });
-    std::vector<uint8_t> skipped, undefined(size_t(size), 0);
+    std::vector<std::vector<uint8_t>> skipped(static_cast<size_t>(size));
+    std::vector<uint8_t> undefined(size_t(size), 0);
     each_left(left, [&](const Kernel& kernel) {
       const Job& its = job(kernel.number);
       if (!waits(its)) return;
       Partial partial{0, 0};
-      std::vector<uint8_t> newly(size_t(its.count), 0);
+      std::vector<uint8_t>& left_out = skipped[size_t(kernel.number)];
+      left_out.resize(size_t(its.count), 0);
       const auto first = its.manifold == ManifoldCode::euclidean ? k.elements_first : k.lanes_first;
-      first(its, kernel.k, kernel.k + 1, &partial, newly.data());
+      first(its, kernel.k, kernel.k + 1, &partial, left_out.data());
       square[size_t(numbering->first[kernel.number])] += partial.square;
       if (!is_plain(its)) nonfinite[index(kernel.number)] += partial.nonfinite;
       undefined[size_t(kernel.number)] |= is_plain(its) && partial.nonfinite;
-      skipped.push_back(newly[size_t(kernel.k)] && !is_plain(its));
     });
 
     // In the order of the chunks, whatever thread had them.
@@ -143,7 +144,6 @@ class Collected {
 
     at::parallel_for(0, blocks, least_blocks,
                      [&](int64_t from, int64_t to) { k.collection_second(collection, from, to); });
-    size_t waited = 0;
     each_left(left, [&](const Kernel& kernel) {
       const Job& its = job(kernel.number);
       const bool elements = its.manifold == ManifoldCode::euclidean;
@@ -151,7 +151,7 @@ class Collected {
         Partial partial{0, 0};
         (elements ? k.elements_whole : k.lanes_whole)(its, kernel.k, kernel.k + 1, &partial);
         nonfinite[index(kernel.number)] += partial.nonfinite;
-      } else if (kernel.observed || !skipped[waited++]) {
+      } else if (kernel.observed || is_plain(its) || !skipped[size_t(kernel.number)][size_t(kernel.k)]) {
         const double length = step[size_t(numbering->first[kernel.number] + (its.individual ? kernel.k : 0))];
         (elements ? k.elements_second : k.lanes_second)(its, kernel.k, kernel.k + 1, length, nullptr);
       }

@@ -3,10 +3,10 @@
 // its group has it costs two cache lines and a wait; arithmetic is cheaper.
 #include "cpu/collection.h"
 #include "cpu/job_rules.h"
-#include "cpu/maps.h"
 #include "cpu/pass.h"
 #include "cpu/storage.h"
 #include "cpu/transpose.h"
+#include "manifolds/sphere.h"
 #include "manifolds/turn.h"
 
 namespace mk {
@@ -50,7 +50,7 @@ class Sweep {
   const Job& job;  // all jobs agree in what is taken from this one
   const Momentum<R> momentum;
   const bool ordinary;  // a buffer from the steps before, and gradients as they are
-  const bool has_sphere, has_oblique, has_stiefel;
+  const bool has_stiefel;
   const T sphere_scale, oblique_scale, stiefel_scale, sphere_inverse, oblique_inverse, stiefel_inverse;
 
   struct Kinds {
@@ -62,7 +62,6 @@ class Sweep {
     const auto a = up_to(ManifoldCode::euclidean), b = up_to(ManifoldCode::sphere), c = up_to(ManifoldCode::oblique);
     return {a, b & !a, c & !b, !c};
   }
-  bool has(ManifoldCode m) const { return all.end[int(m)] > all.end[int(m) - 1]; }
   T scale(ManifoldCode m) const { return T(R(all.scale[int(m)])); }
   T inverse(ManifoldCode m) const { return T(R(1)) / scale(m); }
 
@@ -78,7 +77,7 @@ class Sweep {
     }
   }
 
-  // Directions of a block, and its new momentum in `m`.
+  // The directions of a block, which are its new momentum where there is one.
   MK_FN void form(const R* w, const R* g, const R* m, int64_t l, T* d) const {
     if (ordinary) {
       const T mu = T(momentum.momentum);
@@ -88,13 +87,13 @@ class Sweep {
     }
   }
   __attribute__((noinline)) void form_any(const R* w, const R* g, const R* m, int64_t l, T* d) const {
-    Momentum<R> decaying = momentum;
+    Momentum<R> rule = momentum;
+    rule.weight_decay = R(0);  // not of all lanes
     const T decay = select(kinds_at(l).euclidean, T(R(job.hyper.weight_decay)), T(R(0)));
-    decaying.weight_decay = R(0);
     for (int i = 0; i < E; i++) {
-      T gradient = decaying.gradient(T(R(0)), load(g + i * N));
+      T gradient = rule.gradient(T(R(0)), load(g + i * N));
       if (job.hyper.weight_decay != 0) gradient = fma(load(w + i * N), spread(decay, i, size), gradient);
-      d[i] = momentum.buffered ? momentum.buffer(gradient, momentum.first ? T(R(0)) : load(m + i * N)) : gradient;
+      d[i] = momentum.buffered ? rule.buffer(gradient, momentum.first ? T(R(0)) : load(m + i * N)) : gradient;
     }
   }
 
@@ -105,9 +104,7 @@ class Sweep {
         momentum(momentum_of<R>(job)),
         ordinary(momentum.buffered && !momentum.first && momentum.plain && momentum.one_minus_dampening == R(1) &&
                  job.hyper.weight_decay == 0),
-        has_sphere(has(ManifoldCode::sphere)),
-        has_oblique(has(ManifoldCode::oblique)),
-        has_stiefel(has(ManifoldCode::stiefel)),
+        has_stiefel(all.end[int(ManifoldCode::stiefel)] > all.end[int(ManifoldCode::oblique)]),
         sphere_scale(scale(ManifoldCode::sphere)),
         oblique_scale(scale(ManifoldCode::oblique)),
         stiefel_scale(scale(ManifoldCode::stiefel)),
