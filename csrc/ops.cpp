@@ -63,6 +63,10 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   job_parameter.reserve(groups.size(0));
   const GroupRow* rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<int64_t>());
   const Hyper* terms = reinterpret_cast<const Hyper*>(hyper.const_data_ptr<double>());
+  std::vector<uint8_t> has_individual(count, 0), beside_individual;
+  for (int64_t r = 0; r < groups.size(0); r++)
+    if (rows[r].individual && rows[r].parameter >= 0 && rows[r].parameter < count)
+      has_individual[rows[r].parameter] = 1;
   int64_t norm = 0, next_norm = 0;  // where the row's entries in `norms` start and end
   for (int64_t r = 0; r < groups.size(0); r++) {
     const GroupRow& row = rows[r];
@@ -129,8 +133,9 @@ void step_(at::TensorList params, const c10::List<std::optional<at::Tensor>>& gr
   }
   if (overflow && *overflow != 0) return;
 
+  for (const int64_t i : job_parameter) beside_individual.push_back(has_individual[i]);
   int64_t* skipped = nonfinite.data_ptr<int64_t>();
-  const std::vector<int64_t> left = run(jobs, {groups, components});
+  const std::vector<int64_t> left = run(jobs, {groups, components, beside_individual});
   for (size_t j = 0; j < jobs.size(); j++) skipped[job_parameter[j]] += left[j];
   for (size_t j = 0; j < library_jobs.size(); j++) {
     const int64_t i = library_parameter[j];

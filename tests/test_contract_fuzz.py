@@ -142,7 +142,9 @@ junk = st.one_of(
 def spoiled(tensor: Tensor, data: st.DataObject) -> Tensor:
     """``tensor`` with another number at one place."""
     flat = tensor.clone().flatten()
-    flat[data.draw(st.integers(0, flat.numel() - 1))] = data.draw(doubles if flat.is_floating_point() else numbers)
+    drawn = data.draw(doubles if flat.is_floating_point() else numbers)
+    number = torch.tensor(drawn, dtype=torch.float64 if flat.is_floating_point() else torch.int64)
+    flat[data.draw(st.integers(0, flat.numel() - 1))] = number.to(flat.dtype)  # infinite where it is too large
     return flat.view(tensor.shape)
 
 

@@ -62,6 +62,7 @@ def dealt(
 @pytest.mark.parametrize("options", [*MOMENTA, {"weight_decay": 0.1}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
 def test_steps(shape: tuple[int, int], options: dict[str, float]) -> None:
     """Whole blocks and parts of one, with every kind of momentum, from the first step on; R where it is asked for."""
+    check(dealt(shape, 9, hyper={"momentum": 0.0, **options}))
     check(dealt(shape, 9, single=4, hyper={"momentum": 0.0, **options}))
     check(dealt(shape, 9, step_size="none", hyper={"momentum": 0.0, **options}))
 

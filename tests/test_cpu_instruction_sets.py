@@ -69,7 +69,7 @@ def step_the_grid() -> int:
             check(case, steps=2)
             count += 1
     for shape in ((7, 9), (8, 16)):
-        check(dealt(shape, 9, single=4))
+        check(dealt(shape, 9))
         count += 1
     return count
 

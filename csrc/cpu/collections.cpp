@@ -24,9 +24,10 @@ bool is_collectable(const Job& job) {
                      (job.manifold == ManifoldCode::stiefel && job.retraction == Retraction::qr) ||
                      ((job.manifold == ManifoldCode::sphere || job.manifold == ManifoldCode::oblique) &&
                       job.retraction == Retraction::projection);
-  return job.listed && job.rule == Rule::fg_sgd && usual && job.scale_stride == 0 && job.storage == Storage::float32 &&
-         g.n == 3 && g.p == 3 && g.batch_dims == 1 && g.weight_stride[0] == 9 && g.grad_stride[0] == 9 &&
-         job.weight_in_order && job.grad_in_order && !(job.momentum && job.hyper.nesterov != 0);
+  return job.listed && !job.individual && job.rule == Rule::fg_sgd && usual && job.scale_stride == 0 &&
+         job.storage == Storage::float32 && g.n == 3 && g.p == 3 && g.batch_dims == 1 && g.weight_stride[0] == 9 &&
+         g.grad_stride[0] == 9 && job.weight_in_order && job.grad_in_order &&
+         !(job.momentum && job.hyper.nesterov != 0);
 }
 
 // Whether one stands for the other in what the sweeps take from a job. The scale of Euclidean kernels is 1.
@@ -70,7 +71,7 @@ class Collected {
   }
 
   // Whether kernels wait for the norm of their group.
-  static bool waits(const Job& job) { return (job.bounded || job.norms) && !job.individual; }
+  static bool waits(const Job& job) { return job.bounded || job.norms; }
   // NaN and Inf are written, as in torch.
   static bool is_plain(const Job& job) { return job.manifold == ManifoldCode::euclidean && !job.bounded; }
 
@@ -133,13 +134,9 @@ class Collected {
     for (size_t chunk = 1; chunk < size_t(chunks); chunk++)
       for (size_t group = 0; group < groups; group++) square[group] += square[chunk * groups + group];
     for (int i = 0; i < size; i++) {
-      const StepSize<double> step_size = step_size_of<double>(job(i));
-      const size_t first = size_t(numbering->first[i]),
-                   end = i + 1 < size ? size_t(numbering->first[i + 1]) : groups - 1;
-      for (size_t group = first; group < end; group++) {
-        step[group] = float(step_size(square[group]));
-        if (job(i).norms) job(i).norms[group - first] = undefined[i] ? std::nan("") : std::sqrt(square[group]);
-      }
+      const size_t group = size_t(numbering->first[i]);
+      step[group] = float(step_size_of<double>(job(i))(square[group]));
+      if (job(i).norms) *job(i).norms = undefined[size_t(i)] ? std::nan("") : std::sqrt(square[group]);
     }
 
     at::parallel_for(0, blocks, least_blocks,
@@ -152,7 +149,7 @@ class Collected {
         (elements ? k.elements_whole : k.lanes_whole)(its, kernel.k, kernel.k + 1, &partial);
         nonfinite[index(kernel.number)] += partial.nonfinite;
       } else if (kernel.observed || is_plain(its) || !skipped[size_t(kernel.number)][size_t(kernel.k)]) {
-        const double length = step[size_t(numbering->first[kernel.number] + (its.individual ? kernel.k : 0))];
+        const double length = step[size_t(numbering->first[kernel.number])];
         (elements ? k.elements_second : k.lanes_second)(its, kernel.k, kernel.k + 1, length, nullptr);
       }
     });
@@ -167,9 +164,9 @@ std::vector<int> step_collections(const std::vector<Job>& jobs, std::vector<int6
   std::vector<int> rest;
   for (int j = 0, end; j < int(jobs.size()); j = end) {
     end = j + 1;
-    if (is_collectable(jobs[j]))
+    // What is swept must not depend on how many kernels are here: ranks share groups, and their bits.
+    if (is_collectable(jobs[j]) && !plan.beside_individual[j]) {
       while (end < int(jobs.size()) && jobs[end].weight == jobs[j].weight && is_collectable(jobs[end])) end++;
-    if (end > j + 1) {
       const Collected made(jobs, j, end, nonfinite, plan);
       if (made.fits()) {
         (made.elements() <= small_elements ? small : large).push_back(made);

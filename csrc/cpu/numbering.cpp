@@ -22,12 +22,11 @@ Numbering make(const std::vector<Job>& jobs, int begin, int end) {
   for (const int j : made.order) {
     const Job& job = jobs[begin + j];
     made.first.push_back(int32_t(groups));
-    groups += job.individual ? job.count : 1;
+    groups++;
     listed += job.count;
     for (int m = int(job.manifold); m < Collection::manifolds; m++) made.end[m] = int32_t(groups);
   }
-  // Group numbers are compared as floats, and a sum for every kernel would be no saving.
-  if (listed != count || groups > count / 4 || groups > 1 << 24) return made;
+  if (listed != count || groups > 1 << 24) return made;  // group numbers are compared as floats
 
   made.group.assign(size_t((count + lanes - 1) / lanes * lanes), -1);
   for (size_t i = 0; i < made.order.size(); i++) {
@@ -35,7 +34,7 @@ Numbering make(const std::vector<Job>& jobs, int begin, int end) {
     for (int64_t n = 0; n < job.count; n++) {
       int32_t& group = made.group[k.collection_place(job.listed[n])];
       if (group >= 0 || (n > 0 && job.listed[n] < job.listed[n - 1])) return made;
-      group = made.first[i] + (job.individual ? int32_t(n) : 0);
+      group = made.first[i];
     }
   }
   // The lanes that are left over are a group of their own.

@@ -11,13 +11,15 @@
 
 namespace mk {
 
-// The tensors that jobs were made from.
+// What jobs were made from.
 struct PlanTensors {
   const at::Tensor &groups, &components;
+  // Of each job: whether a row of its weight, be it empty here, is of kernels with norms of their own.
+  const std::vector<uint8_t>& beside_individual;
 };
 
 struct Numbering {
-  bool fits;                   // whether the jobs list each kernel once, in groups that are worth it
+  bool fits;                   // whether the jobs list each kernel once, in order
   std::vector<int> order;      // of the jobs, manifold by manifold
   std::vector<int32_t> first;  // number of each job's first group, in that order
   int32_t end[Collection::manifolds];
