@@ -21,6 +21,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_kernels import FGSGD, PSISGD, AdamG, param_groups, partition
 from manifold_kernels.manifolds import Euclidean, Stiefel
@@ -288,6 +289,32 @@ def gathered(name: str, how: str) -> dict[str, Any]:
     return found
 
 
+class UnderWay(TorchDispatchMode):
+    """Counts gathering collectives: all, and those that nobody has waited for yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        starts = func.name().startswith("_c10d_functional::all_gather")
+        self.started += starts
+        self.now += starts - (func.name() == "_c10d_functional::wait_tensor")
+        self.most = max(self.most, self.now)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step() -> tuple[int, int]:
+    """How many there are, and how many are under way at once."""
+    model = layers()
+    optimizer = GATHERED["matrices"](model, cut_matrices="gather")
+    cut(model, optimizer, "inputs")
+    given_steps(model, optimizer, range(1))
+    with UnderWay() as counted:
+        optimizer.step()
+    return counted.started, counted.most
+
+
 def gathered_training() -> list[Tensor]:
     """Forward, backward and step of a fully sharded model; every rank has the same batch, so that means are exact."""
     model = layers().eval()
@@ -417,6 +444,7 @@ def two(rank: int, folder: Path) -> dict[str, Any]:
         "rows": sharded_rows(folder),
         "cut": cut_matrices(),
         "gathered": {(name, how): gathered(name, how) for name in GATHERED for how in CUTS},
+        "collectives": collectives_of_a_step(),
         "gathered training": gathered_training(),
         "whole average": average_of_whole_weights(),
         "gathered around": {how: gathered_around(how) for how in CUTS},

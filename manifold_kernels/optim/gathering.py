@@ -87,11 +87,12 @@ class Gathering:
 def _together(shards: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """For each of ``parameters`` the whole of each of its ``shards``, which are cut as it is.
 
-    Those of one parameter travel together, those of all at the same time.
+    Those of one parameter travel together. Parameters follow each other: torch's gloo writes to memory that was given
+    back where several collectives are under way.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
-    under_way = []
+    together = []
     for own, parameter in zip(shards, parameters, strict=True):
         of: DTensor = parameter  # type: ignore[assignment]
         shape = torch.Size([*of.shape, len(own)])  # the last dimension, so that placements stay what they are
@@ -100,8 +101,9 @@ def _together(shards: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) 
             torch.stack(list(own), -1), of.device_mesh, of.placements, run_check=False, shape=shape, stride=stride
         )
         everywhere = [Replicate()] * of.device_mesh.ndim
-        under_way.append(stacked.redistribute(placements=everywhere, async_op=True))
-    return [[each.contiguous() for each in whole.to_local().unbind(-1)] for whole in under_way]
+        whole = stacked.redistribute(placements=everywhere).to_local()
+        together.append([each.contiguous() for each in whole.unbind(-1)])
+    return together
 
 
 def _keep(whole: Tensor, shard: Tensor, parameter: Tensor) -> None:
