@@ -182,14 +182,21 @@ class Lanes {
     return f(Place<false, R, Of>{});
   }
 
-  // Where register i of the block at component l of the tile lies, in w and m or in g.
-  template <class P>
-  MK_FN int64_t weight_at(int l, int i) const {
-    return P::in_lanes ? job.weight_offset[i] + l : int64_t(l) * elements() + i * N;
+  // Where the block at component l of a tile begins, and where its register i lies from there, in w and m or in g. The
+  // compiler is not to see where the pointer comes from: it would keep one for every register, on the stack.
+  template <class P, class X>
+  MK_FN X* block_of(X* tile, int l) const {
+    X* begin = tile + (P::in_lanes ? l : int64_t(l) * elements());
+    asm("" : "+r"(begin));
+    return begin;
   }
   template <class P>
-  MK_FN int64_t grad_at(int l, int i) const {
-    return P::in_lanes ? job.grad_offset[i] + l : int64_t(l) * elements() + i * N;
+  MK_FN int64_t weight_at(int i) const {
+    return P::in_lanes ? job.weight_offset[i] : i * N;
+  }
+  template <class P>
+  MK_FN int64_t grad_at(int i) const {
+    return P::in_lanes ? job.grad_offset[i] : i * N;
   }
 
   // Any rule's buffers and directions for the registers of the block at l, out of the way of the commonest step. The
@@ -197,9 +204,11 @@ class Lanes {
   template <class P, class F>
   MK_FN void form(const Tile& t, int l, bool second, const F& f) const {
     using Number = typename P::Number;
+    const Number *const g = block_of<P>(static_cast<const Number*>(t.g), l), *const buffers = block_of<P>(
+                                                                                 static_cast<const Number*>(t.m), l);
     for (int i = 0; i < elements(); i++) {
-      const T gradient = momentum.gradient(T(R(0)), T(load(static_cast<const Number*>(t.g) + grad_at<P>(l, i))));
-      const Number* const m = static_cast<const Number*>(t.m) + weight_at<P>(l, i);
+      const T gradient = momentum.gradient(T(R(0)), T(load(g + grad_at<P>(i))));
+      const Number* const m = buffers + weight_at<P>(i);
       T buffer = gradient;
       if (momentum.buffered)
         buffer = second ? T(load(m))
@@ -213,21 +222,22 @@ class Lanes {
   }
   template <class P>
   __attribute__((noinline)) void form_buffers(const Tile& t, int l) const {
-    form<P>(t, l, false,
-            [&](int i, T, T buffer) { put(static_cast<typename P::Number*>(t.m) + weight_at<P>(l, i), buffer); });
+    typename P::Number* const m = block_of<P>(static_cast<typename P::Number*>(t.m), l);
+    form<P>(t, l, false, [&](int i, T, T buffer) { put(m + weight_at<P>(i), buffer); });
   }
 
   // Pointers are copied here and below, for the compiler has to assume that a store may change whatever is in memory.
   template <class P>
   MK_FN void directions_at(const Tile& t, int l, bool second, T* directions) const {
     using Number = typename P::Number;
-    const Number *const g = static_cast<const Number*>(t.g), *const m = static_cast<const Number*>(t.m);
+    const Number *const g = block_of<P>(static_cast<const Number*>(t.g), l), *const m = block_of<P>(
+                                                                                 static_cast<const Number*>(t.m), l);
     if (second && (P::ordinary || momentum.buffer_is_direction())) {
-      for (int i = 0; i < elements(); i++) directions[i] = load(m + weight_at<P>(l, i));
+      for (int i = 0; i < elements(); i++) directions[i] = load(m + weight_at<P>(i));
     } else if (is_steady<P>() && !second) {
       const T mu = T(momentum.momentum);
       for (int i = 0; i < elements(); i++)
-        directions[i] = as_stored<S>(T(load(g + grad_at<P>(l, i))) + T(load(m + weight_at<P>(l, i))) * mu);
+        directions[i] = as_stored<S>(T(load(g + grad_at<P>(i))) + T(load(m + weight_at<P>(i))) * mu);
     } else {
       T formed[Size::capacity];
       form_directions<P>(t, l, second, formed);
@@ -242,6 +252,32 @@ class Lanes {
     } else {
       to_lanes(in_memory, x, size);
     }
+  }
+
+  // Blocks of more registers than there are: nothing is kept of them that can be read again, and since their arithmetic
+  // takes longer than memory, they ask for the next block while they go into lanes.
+  template <class P>
+  static constexpr bool large = slides<R, Size> && !P::in_lanes && std::is_same<typename P::Number, R>::value;
+
+  template <class P>
+  MK_FN T product_with_weight(const T* direction, const R* w) const {
+    T sums[4] = {T(R(0)), T(R(0)), T(R(0)), T(R(0))};
+    for (int i = 0; i < elements(); i++) sums[i % 4] = fma(direction[i], T::load(w + i * N), sums[i % 4]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  template <class P>
+  MK_FN void bring_large(const Tile& t, int l, const T* direction, T* d, T* q) const {
+    const R *const w = block_of<P>(static_cast<const R*>(t.w), l),
+                   *const next_w = block_of<P>(static_cast<const R*>(t.w), l + N),
+                   *const next_g = block_of<P>(static_cast<const R*>(t.g), l + N),
+                   *const next_m = block_of<P>(static_cast<const R*>(t.m), l + N);
+    const auto ask = [](const R* at) { __builtin_prefetch(at, 0, 2); };  // into the second level
+    const auto ask_for_direction = [&](int i) {
+      ask(next_g + i * N);
+      ask(next_m + i * N);
+    };
+    slide_to_lanes([&](int i) { return direction[i]; }, d, ask_for_direction, size);
+    slide_to_lanes([&](int i) { return T::load(w + i * N); }, q, [&](int i) { ask(next_w + i * N); }, size);
   }
 
   LaneOrder order_of(const Tile& t) const { return t.in_lanes ? LaneOrder{1} : lane_order<R>(size); }
@@ -279,25 +315,35 @@ class Lanes {
     const T inverse = is_uniform<P>() ? inverse0 : kept.inverse;
     using Number = typename P::Number;
     const int E = elements();
-    const Number* const base = static_cast<const Number*>(t.w);
-    T direction[Size::capacity], weight[Size::capacity], d[Size::capacity], q[Size::capacity];
+    const Number* const base = block_of<P>(static_cast<const Number*>(t.w), l);
+    T direction[Size::capacity], weight[Size::capacity], d[Size::capacity], own[Size::capacity];
+    T* const q = large<P> && !is_linear ? kept.q : own;
     directions_at<P>(t, l, second, direction);
-    for (int i = 0; i < E; i++) weight[i] = load(base + weight_at<P>(l, i));
     // Not finite if any factor is not (or the sum overflows, which costs time only).
-    const T sum = inner(direction, weight, E, 1);
+    T sum;
+    if constexpr (large<P>) {
+      sum = product_with_weight<P>(direction, base);
+    } else {
+      for (int i = 0; i < E; i++) weight[i] = load(base + weight_at<P>(i));
+      sum = inner(direction, weight, E, 1);
+    }
     if (!seen && any(!(abs(sum) <= T(Limits<R>::largest)))) return false;
     if ((P::ordinary || momentum.buffered) && !second) {
       if (is_steady<P>()) {
-        Number* const m = static_cast<Number*>(t.m);
-        for (int i = 0; i < E; i++) store_exact(m + weight_at<P>(l, i), direction[i]);
+        Number* const m = block_of<P>(static_cast<Number*>(t.m), l);
+        for (int i = 0; i < E; i++) store_exact(m + weight_at<P>(i), direction[i]);
       } else {
         form_buffers<P>(t, l);
       }
     }
-    bring<P>(direction, d);
-    bring<P>(weight, q);
+    if constexpr (large<P>) {
+      bring_large<P>(t, l, direction, d, q);
+    } else {
+      bring<P>(direction, d);
+      bring<P>(weight, q);
+    }
     observe(q, d, inverse, kept);
-    if constexpr (!is_linear)
+    if constexpr (!is_linear && !large<P>)
       for (int e = 0; e < E; e++) kept.q[e] = q[e];
     return true;
   }
@@ -333,7 +379,7 @@ class Lanes {
   template <class P>
   MK_FN void combine(const Tile& t, int l, const Kept& kept) const {
     using Number = typename P::Number;
-    Number* const w = static_cast<Number*>(t.w);
+    Number* const w = block_of<P>(static_cast<Number*>(t.w), l);
     T direction[Size::capacity];
     directions_at<P>(t, l, true, direction);
     for (int i = 0; i < elements(); i++) {
@@ -344,26 +390,28 @@ class Lanes {
       }
       // Looking ahead, a finite momentum may give an infinite direction, for a component that is out of range.
       if (!is_steady<P>()) direction[i] = select(abs(direction[i]) <= T(Limits<R>::largest), direction[i], T(R(0)));
-      const int64_t at = weight_at<P>(l, i);
+      const int64_t at = weight_at<P>(i);
       put(w + at, fma(b, direction[i], a * T(load(w + at))));
     }
   }
 
   template <class P>
   MK_FN void store_lanes(void* weights, int l, const T* q) const {
-    typename P::Number* const w = static_cast<typename P::Number*>(weights);
+    typename P::Number* const w = block_of<P>(static_cast<typename P::Number*>(weights), l);
     if constexpr (P::in_lanes) {
-      for (int e = 0; e < elements(); e++) put(w + weight_at<P>(l, e), q[e]);
+      for (int e = 0; e < elements(); e++) put(w + weight_at<P>(e), q[e]);
     } else {
       T x[Size::capacity];
       from_lanes(q, x, size);
-      for (int i = 0; i < elements(); i++) put(w + weight_at<P>(l, i), x[i]);
+      for (int i = 0; i < elements(); i++) put(w + weight_at<P>(i), x[i]);
     }
   }
 
   // The new weight y of an old one as observe() left it; the mask of the matrices for which that is good.
-  MK_FN Mask<R> retracted(T* q, const Kept& kept, T scale, T* y) const {
-    if constexpr (turns) return Map::retract_near(q, kept.tangent, kept.step, kept.square, scale, y, size);
+  MK_FN Mask<R> retracted(const T* old, const Kept& kept, T scale, T* y) const {
+    if constexpr (turns) return Map::retract_near(old, kept.tangent, kept.step, kept.square, scale, y, size);
+    T q[Size::capacity];
+    for (int e = 0; e < elements(); e++) q[e] = old[e];
     Map::retract(q, kept.tangent, kept.step, kept.square, size);
     for (int e = 0; e < elements(); e++) y[e] = q[e] * scale;
     return T(R(0)) <= T(R(0));
@@ -373,11 +421,8 @@ class Lanes {
   // have all registers in memory for its sake.
   template <class P>
   MK_FN bool retract(const Tile& t, int l, Mask<R> out, const Kept& kept) const {
-    const int E = elements();
-    const T scale = is_uniform<P>() ? scale0 : kept.scale;
-    T q[Size::capacity], y[Size::capacity];
-    for (int e = 0; e < E; e++) q[e] = kept.q[e];
-    if (any(out | !retracted(q, kept, scale, y))) return false;
+    T y[Size::capacity];
+    if (any(out | !retracted(kept.q, kept, is_uniform<P>() ? scale0 : kept.scale, y))) return false;
     store_lanes<P>(t.w, l, y);
     return true;
   }
@@ -387,8 +432,8 @@ class Lanes {
     const int E = elements();
     const T scale = is_uniform<P>() ? scale0 : kept.scale;
     T x[Size::capacity], old[Size::capacity], q[Size::capacity];
-    const typename P::Number* const w = static_cast<const typename P::Number*>(t.w);
-    for (int i = 0; i < E; i++) x[i] = load(w + weight_at<P>(l, i));
+    const typename P::Number* const w = block_of<P>(static_cast<const typename P::Number*>(t.w), l);
+    for (int i = 0; i < E; i++) x[i] = load(w + weight_at<P>(i));
     bring<P>(x, old);
     for (int e = 0; e < E; e++) q[e] = kept.q[e];
     if constexpr (turns) {

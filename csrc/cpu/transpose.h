@@ -1,8 +1,8 @@
 // Between N matrices of E elements, one after the other in memory, and E registers with one lane a matrix.
 //
-// With AVX-512, floats of odd matrices of a known size are rotated in registers (Rotation16). Others go eight elements
-// at a time through 8 x 8 transpositions, three shuffles an element of the matrix and register, and the rest one by
-// one.
+// With AVX-512, floats of odd matrices of a known size are rotated in registers (Rotation16), all of a block at once
+// or, where a block has more registers than there are, one after the other. Others go eight elements at a time through
+// 8 x 8 transpositions, three shuffles an element of the matrix and register, and the rest one by one.
 #pragma once
 
 #include <type_traits>
@@ -138,35 +138,84 @@ class Rotation16 {
     ((u[J].v = shifted<Sign*(J % 16)>(u[J].v)), ...);
   }
 
+  // The same for more registers than there are: one after the other is read once, goes through all rounds with the last
+  // 1, 2, 4 and 8 of those before it, and is handed over. Round by round, each would be stored and read four times.
+  struct Sliding {
+    __m512 u[E + 15], v[E + 15], w[E + 15], x[E + 15];
+    template <int I, class In, class Out>
+    MK_FN void next(const In& in, const Out& out, std::integral_constant<int, I>) {
+      u[I] = in(std::integral_constant<int, I>{});
+      if constexpr (I >= 1) v[I] = _mm512_mask_mov_ps(u[I], 0xaaaa, u[I - 1]);
+      if constexpr (I >= 3) w[I] = _mm512_mask_mov_ps(v[I], 0xcccc, v[I - 2]);
+      if constexpr (I >= 7) x[I] = _mm512_mask_mov_ps(w[I], 0xf0f0, w[I - 4]);
+      if constexpr (I >= 15) out(std::integral_constant<int, I>{}, _mm512_mask_mov_ps(x[I], 0xff00, x[I - 8]));
+    }
+  };
+  template <class In, class Out, int... I>
+  MK_FN static void slide(const In& in, const Out& out, std::integer_sequence<int, I...>) {
+    Sliding sliding;
+    (sliding.next(in, out, std::integral_constant<int, I>{}), ...);
+  }
+  using Steps = std::make_integer_sequence<int, E + 15>;
+  static constexpr bool slides = E > 16;
+
  public:
+  // As slide_to_lanes().
+  template <class Load, class Meanwhile>
+  MK_FN static void to_lanes(const Load& load, Pack<float>* x, const Meanwhile& meanwhile) {
+    const auto in = [&](auto i) { return load((i + 2 * E - 15) % E * relabel % E).v; };
+    const auto out = [&](auto i, __m512 y) {
+      constexpr int t = decltype(i)::value - 15;
+      x[t].v = shifted<t % 16>(y);
+      meanwhile(t);
+    };
+    slide(in, out, Steps{});
+  }
   MK_FN static void to_lanes(const Pack<float>* in_memory, Pack<float>* x) {
-    Pack<float> u[E];
-    for (int t = 0; t < E; t++) u[t] = in_memory[t * relabel % E];
-    stage<1, -1>(u);
-    stage<2, -1>(u);
-    stage<4, -1>(u);
-    stage<8, -1>(u);
-    align<1>(u, std::make_integer_sequence<int, E>{});
-    for (int t = 0; t < E; t++) x[t] = u[t];
+    if constexpr (slides) {
+      to_lanes([&](int i) { return in_memory[i]; }, x, [](int) {});
+    } else {
+      Pack<float> u[E];
+      for (int t = 0; t < E; t++) u[t] = in_memory[t * relabel % E];
+      stage<1, -1>(u);
+      stage<2, -1>(u);
+      stage<4, -1>(u);
+      stage<8, -1>(u);
+      align<1>(u, std::make_integer_sequence<int, E>{});
+      for (int t = 0; t < E; t++) x[t] = u[t];
+    }
   }
   MK_FN static void from_lanes(const Pack<float>* x, Pack<float>* in_memory) {
-    Pack<float> u[E];
-    for (int t = 0; t < E; t++) u[t] = x[t];
-    align<-1>(u, std::make_integer_sequence<int, E>{});
-    stage<1, 1>(u);
-    stage<2, 1>(u);
-    stage<4, 1>(u);
-    stage<8, 1>(u);
-    for (int t = 0; t < E; t++) in_memory[t * relabel % E] = u[t];
+    if constexpr (slides) {  // backwards, for registers take from those behind them
+      const auto in = [&](auto i) {
+        constexpr int t = (2 * E + 14 - decltype(i)::value) % E;
+        return shifted<-(t % 16)>(x[t].v);
+      };
+      slide(in, [&](auto i, __m512 y) { in_memory[(E + 14 - i) * relabel % E].v = y; }, Steps{});
+    } else {
+      Pack<float> u[E];
+      for (int t = 0; t < E; t++) u[t] = x[t];
+      align<-1>(u, std::make_integer_sequence<int, E>{});
+      stage<1, 1>(u);
+      stage<2, 1>(u);
+      stage<4, 1>(u);
+      stage<8, 1>(u);
+      for (int t = 0; t < E; t++) in_memory[t * relabel % E] = u[t];
+    }
   }
 };
 
 template <class R, class Size>
 constexpr bool rotates =
     std::is_same<R, float>::value && !std::is_same<Size, Dynamic>::value && Size::capacity % 2 == 1;
+// Whether that goes register by register.
+template <class R, class Size>
+constexpr bool slides = rotates<R, Size> && Size::capacity > 16;
 #else
 template <class R, class Size>
 constexpr bool rotates = false;
+template <class R, class Size>
+constexpr bool slides = false;
 #endif
 
 // Which matrix of a block a lane has: lane l has matrix l * stride modulo the number of lanes.
@@ -184,6 +233,15 @@ MK_FN LaneOrder lane_order(Size) {
   if constexpr (rotates<R, Size>) return {inverse_modulo(Size::capacity, Pack<R>::lanes)};
 #endif
   return {1};
+}
+
+// A block that slides: load(i) is its register i as it lies in memory, and meanwhile(i) is done once for each of them.
+template <class R, class Size, class Load, class Meanwhile>
+MK_FN void slide_to_lanes([[maybe_unused]] const Load& load, [[maybe_unused]] Pack<R>* x,
+                          [[maybe_unused]] const Meanwhile& meanwhile, Size) {
+#if defined(__AVX512F__)
+  if constexpr (slides<R, Size>) Rotation16<Size::capacity>::to_lanes(load, x, meanwhile);
+#endif
 }
 
 // A block as it lies in memory, a register after the other, with one matrix a lane.
