@@ -38,7 +38,7 @@ def run(folder: Path, world: int) -> list[Found]:
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
-    command = [sys.executable, str(HERE / "distributed_worker.py")]
+    command = [sys.executable, "-X", "faulthandler", str(HERE / "distributed_worker.py")]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(world), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
