@@ -10,11 +10,9 @@
 // in the stages, and are stepped by the same mathematics in the next wider type.
 #pragma once
 
+#include "cpu/blocks.h"
 #include "cpu/maps.h"
-#include "cpu/packed.h"
 #include "cpu/pass.h"
-#include "cpu/tile.h"
-#include "cpu/transpose.h"
 
 namespace mk {
 namespace MK_ISA {
@@ -27,48 +25,45 @@ __attribute__((noinline)) void write_roots(const Pack<R>& square, LaneOrder orde
     if (order.component<R>(i) < count) roots[order.component<R>(i)] = __builtin_sqrt(double(square.v[i]));
 }
 
-// The ordinary step is the commonest, and has bodies of its own, for each pass, in which no block asks what kind of
-// step this is.
-enum class Body { general, whole, first, second };
-
-// How a tile lies, as numbers of type S, in lanes already or one matrix after the other, and by which body it is
-// stepped.
-template <bool InLanes, class S, Body Of>
-struct Place {
-  static constexpr bool in_lanes = InLanes, ordinary = Of != Body::general, second = Of == Body::second;
-  static constexpr bool whole = Of == Body::whole;
-  static constexpr bool pairs = has_packed && whole && !in_lanes && std::is_same<S, BFloat16>::value;  // see pairs.h
-  static constexpr bool streams = whole && in_lanes;                                                   // see streams.h
-  using Number = S;
-};
-
 template <class L>
 class Pairs;
 template <class L, class S>
 class Streams;
 
-// R is the arithmetic type and S the storage that is stepped in place; all else is converted where a tile is copied.
+// R is the arithmetic type and S the storage that is stepped in place.
 template <class R, class Map, class Size, class S = R>
-class Lanes {
+class Lanes : Blocks<R, Size, S> {
   friend class Pairs<Lanes>;
   template <class, class>
   friend class Streams;
-  using T = Pack<R>;
+  using Base = Blocks<R, Size, S>;
+  using Base::elements;
+  using Base::is_fixed;
+  using Base::job;
+  using Base::longest;
+  using Base::momentum;
+  using Base::N;
+  using Base::native;
+  using Base::order_of;
+  using Base::put_back;
+  using Base::size;
+  using Base::steady;
+  using Base::tile_at;
+  using Base::width;
+  using typename Base::Memory;
+  using typename Base::T;
+  template <class P>
+  static constexpr bool large = Base::template large<P>;
   using Arithmetic = T;
   static constexpr int capacity = Size::capacity;
-  static constexpr int N = T::lanes;
-  // channels_last tiles are stepped in place at the sizes of size.h; a second body for all others would not pay.
-  static constexpr bool is_fixed = !std::is_same<Size, Dynamic>::value;
   static constexpr bool is_linear = Map::template is_linear<Size>;
   static constexpr bool turns = Map::template turns<Size>;
-  using Memory = TileMemory<R, Size::capacity>;
   // How many blocks a stage is behind the one before it. Large ones hide their waiting times by themselves, and three
   // of them would not fit into the first-level cache.
   static constexpr int lag = is_fixed && Size::capacity <= 32 ? 1 : 0;
   static constexpr int kept_blocks = lag ? 4 : 1;  // enough from the first stage to the last, and a power of two
   // Whether the passes of groups have bodies of their own, as whole steps have: what nobody waits for is not compiled.
   static constexpr bool has_passes = lag && Size::capacity == 9;
-  static constexpr int longest = 64;  // blocks of a tile
   static constexpr int fitting = Memory::size / (Size::capacity * N);
   static constexpr int group_blocks = !is_fixed ? 0 : fitting < longest ? fitting : longest;  // of a group in one tile
 
@@ -95,65 +90,12 @@ class Lanes {
     Sums sums;
   };
 
-  const Job& job;
-  const Size size;
-  const int width;  // components of a copied tile
-  const Momentum<R> momentum;
   const StepSize<R> step_size;
-  const bool native;  // storage is S
-  const bool steady, uniform;
+  const bool uniform;
   const T scale0, inverse0;
   static constexpr R largest_square = Limits<R>::huge_square;
 
-  // Of a component, and of what Map keeps; constants where the size is one.
-  MK_FN int elements() const { return size.n * size.p; }
-  MK_FN int tangents() const {
-    if constexpr (is_linear) return Map::sums;
-    if constexpr (turns) return Map::tangents(size);
-    return elements();
-  }
-
-  // The tile from k on, with at most `longest_copy` components where it has to be copied; `skip` tells components to
-  // leave out, which needs a copy.
-  Tile tile_at(int64_t k, int64_t end, int longest_copy, bool second, const uint8_t* skip, Memory& memory) const {
-    Tile t;
-    const int E = elements();
-    const Run run = run_at(job, k, end);
-    t.k = k;
-    t.count = int(end - k < longest_copy ? end - k : longest_copy);
-    const int in_place = int(run.length < longest * N ? run.length : longest * N) / N * N;
-    const bool lanes = is_fixed && run.weight_step == 1 && run.grad_step == 1;
-    const bool ordered = run.weight_step == E && run.grad_step == E && job.weight_in_order && job.grad_in_order;
-    t.copied = !(native && !skip && in_place > 0 && (lanes || ordered));
-    t.in_lanes = !t.copied && lanes;
-    if (!t.copied) {
-      t.count = in_place;
-      t.w = static_cast<S*>(job.weight) + run.weight;
-      t.g = static_cast<const S*>(job.grad) + run.grad;
-      t.m = job.momentum ? static_cast<S*>(job.momentum) + run.weight : nullptr;
-      return t;
-    }
-    t.w = memory.w;
-    t.g = memory.g;
-    t.m = memory.m;
-    const int padded = (t.count + N - 1) / N * N;
-    copy<R, Size, false>(job, job.weight, false, k, t.count, size, skip, memory.w);
-    // The lanes that are left over rest on the last component.
-    for (int i = t.count * E; i < padded * E; i++) memory.w[i] = memory.w[i - E];
-    const auto take = [&](void* base, bool grad, R* into) {
-      copy<R, Size, false>(job, base, grad, k, t.count, size, skip, into);
-      for (int i = t.count * E; i < padded * E; i++) into[i] = R(0);
-    };
-    if (!second || !momentum.buffer_is_direction()) take(const_cast<void*>(job.grad), true, memory.g);
-    if (momentum.buffered && (second || !momentum.first)) take(job.momentum, false, memory.m);
-    return t;
-  }
-
-  // Buffers exist and nothing is negated, looked ahead or damped; all components share the first one's scale.
-  template <class P>
-  MK_FN bool is_steady() const {
-    return P::ordinary || steady;
-  }
+  // All components share the first one's scale.
   template <class P>
   MK_FN bool is_uniform() const {
     return P::ordinary || uniform;
@@ -164,123 +106,6 @@ class Lanes {
     if (!has_passes) return Body::general;
     return pass.kind == Pass::first ? Body::first : Body::second;
   }
-
-  static int width_of(int elements) {
-    const int fit = tile_elements / (elements * N), blocks = fit < longest ? fit : longest;
-    return (blocks > 1 ? blocks : 1) * N;
-  }
-
-  // Calls f with the Place of a tile.
-  template <Body Of, class F>
-  MK_FN auto with_place(const Tile& t, const F& f) const {
-    if constexpr (is_fixed) {
-      if (t.in_lanes) return f(Place<true, S, Of>{});
-    }
-    if constexpr (!std::is_same<R, S>::value) {
-      if (!t.copied) return f(Place<false, S, Of>{});
-    }
-    return f(Place<false, R, Of>{});
-  }
-
-  // Where the block at component l of a tile begins, and where its register i lies from there, in w and m or in g. The
-  // compiler is not to see where the pointer comes from: it would keep one for every register, on the stack.
-  template <class P, class X>
-  MK_FN X* block_of(X* tile, int l) const {
-    X* begin = tile + (P::in_lanes ? l : int64_t(l) * elements());
-    asm("" : "+r"(begin));
-    return begin;
-  }
-  template <class P>
-  MK_FN int64_t weight_at(int i) const {
-    return P::in_lanes ? job.weight_offset[i] : i * N;
-  }
-  template <class P>
-  MK_FN int64_t grad_at(int i) const {
-    return P::in_lanes ? job.grad_offset[i] : i * N;
-  }
-
-  // Any rule's buffers and directions for the registers of the block at l, out of the way of the commonest step. The
-  // new buffer is the stored one in the second pass, and the gradient where there is none.
-  template <class P, class F>
-  MK_FN void form(const Tile& t, int l, bool second, const F& f) const {
-    using Number = typename P::Number;
-    const Number *const g = block_of<P>(static_cast<const Number*>(t.g), l), *const buffers = block_of<P>(
-                                                                                 static_cast<const Number*>(t.m), l);
-    for (int i = 0; i < elements(); i++) {
-      const T gradient = momentum.gradient(T(R(0)), T(load(g + grad_at<P>(i))));
-      const Number* const m = buffers + weight_at<P>(i);
-      T buffer = gradient;
-      if (momentum.buffered)
-        buffer = second ? T(load(m))
-                        : as_stored(job.storage, momentum.buffer(gradient, momentum.first ? T(R(0)) : T(load(m))));
-      f(i, momentum.nesterov ? momentum.direction(gradient, buffer) : buffer, buffer);
-    }
-  }
-  template <class P>
-  __attribute__((noinline)) void form_directions(const Tile& t, int l, bool second, T* directions) const {
-    form<P>(t, l, second, [&](int i, T direction, T) { directions[i] = direction; });
-  }
-  template <class P>
-  __attribute__((noinline)) void form_buffers(const Tile& t, int l) const {
-    typename P::Number* const m = block_of<P>(static_cast<typename P::Number*>(t.m), l);
-    form<P>(t, l, false, [&](int i, T, T buffer) { put(m + weight_at<P>(i), buffer); });
-  }
-
-  // Pointers are copied here and below, for the compiler has to assume that a store may change whatever is in memory.
-  template <class P>
-  MK_FN void directions_at(const Tile& t, int l, bool second, T* directions) const {
-    using Number = typename P::Number;
-    const Number *const g = block_of<P>(static_cast<const Number*>(t.g), l), *const m = block_of<P>(
-                                                                                 static_cast<const Number*>(t.m), l);
-    if (second && (P::ordinary || momentum.buffer_is_direction())) {
-      for (int i = 0; i < elements(); i++) directions[i] = load(m + weight_at<P>(i));
-    } else if (is_steady<P>() && !second) {
-      const T mu = T(momentum.momentum);
-      for (int i = 0; i < elements(); i++)
-        directions[i] = as_stored<S>(T(load(g + grad_at<P>(i))) + T(load(m + weight_at<P>(i))) * mu);
-    } else {
-      T formed[Size::capacity];
-      form_directions<P>(t, l, second, formed);
-      for (int i = 0; i < elements(); i++) directions[i] = formed[i];
-    }
-  }
-
-  template <class P>
-  MK_FN void bring(const T* in_memory, T* x) const {
-    if constexpr (P::in_lanes) {
-      for (int e = 0; e < elements(); e++) x[e] = in_memory[e];
-    } else {
-      to_lanes(in_memory, x, size);
-    }
-  }
-
-  // Blocks of more registers than there are: nothing is kept of them that can be read again, and since their arithmetic
-  // takes longer than memory, they ask for the next block while they go into lanes.
-  template <class P>
-  static constexpr bool large = slides<R, Size> && !P::in_lanes && std::is_same<typename P::Number, R>::value;
-
-  template <class P>
-  MK_FN T product_with_weight(const T* direction, const R* w) const {
-    T sums[4] = {T(R(0)), T(R(0)), T(R(0)), T(R(0))};
-    for (int i = 0; i < elements(); i++) sums[i % 4] = fma(direction[i], T::load(w + i * N), sums[i % 4]);
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  }
-  template <class P>
-  MK_FN void bring_large(const Tile& t, int l, const T* direction, T* d, T* q) const {
-    const R *const w = block_of<P>(static_cast<const R*>(t.w), l),
-                   *const next_w = block_of<P>(static_cast<const R*>(t.w), l + N),
-                   *const next_g = block_of<P>(static_cast<const R*>(t.g), l + N),
-                   *const next_m = block_of<P>(static_cast<const R*>(t.m), l + N);
-    const auto ask = [](const R* at) { __builtin_prefetch(at, 0, 2); };  // into the second level
-    const auto ask_for_direction = [&](int i) {
-      ask(next_g + i * N);
-      ask(next_m + i * N);
-    };
-    slide_to_lanes([&](int i) { return direction[i]; }, d, ask_for_direction, size);
-    slide_to_lanes([&](int i) { return T::load(w + i * N); }, q, [&](int i) { ask(next_w + i * N); }, size);
-  }
-
-  LaneOrder order_of(const Tile& t) const { return t.in_lanes ? LaneOrder{1} : lane_order<R>(size); }
 
   __attribute__((noinline)) void bring_scales(const Tile& t, int l, Kept& kept) const {
     const LaneOrder order = order_of(t);
@@ -315,32 +140,32 @@ class Lanes {
     const T inverse = is_uniform<P>() ? inverse0 : kept.inverse;
     using Number = typename P::Number;
     const int E = elements();
-    const Number* const base = block_of<P>(static_cast<const Number*>(t.w), l);
+    const Number* const base = this->template block_of<P>(static_cast<const Number*>(t.w), l);
     T direction[Size::capacity], weight[Size::capacity], d[Size::capacity], own[Size::capacity];
     T* const q = large<P> && !is_linear ? kept.q : own;
-    directions_at<P>(t, l, second, direction);
+    this->template directions_at<P>(t, l, second, direction);
     // Not finite if any factor is not (or the sum overflows, which costs time only).
     T sum;
     if constexpr (large<P>) {
-      sum = product_with_weight<P>(direction, base);
+      sum = this->template product_with_weight<P>(direction, base);
     } else {
-      for (int i = 0; i < E; i++) weight[i] = load(base + weight_at<P>(i));
+      for (int i = 0; i < E; i++) weight[i] = load(base + this->template weight_at<P>(i));
       sum = inner(direction, weight, E, 1);
     }
     if (!seen && any(!(abs(sum) <= T(Limits<R>::largest)))) return false;
     if ((P::ordinary || momentum.buffered) && !second) {
-      if (is_steady<P>()) {
-        Number* const m = block_of<P>(static_cast<Number*>(t.m), l);
-        for (int i = 0; i < E; i++) store_exact(m + weight_at<P>(i), direction[i]);
+      if (this->template is_steady<P>()) {
+        Number* const m = this->template block_of<P>(static_cast<Number*>(t.m), l);
+        for (int i = 0; i < E; i++) store_exact(m + this->template weight_at<P>(i), direction[i]);
       } else {
-        form_buffers<P>(t, l);
+        this->template form_buffers<P>(t, l);
       }
     }
     if constexpr (large<P>) {
-      bring_large<P>(t, l, direction, d, q);
+      this->template bring_large<P>(t, l, direction, d, q);
     } else {
-      bring<P>(direction, d);
-      bring<P>(weight, q);
+      this->template bring<P>(direction, d);
+      this->template bring<P>(weight, q);
     }
     observe(q, d, inverse, kept);
     if constexpr (!is_linear && !large<P>)
@@ -379,9 +204,9 @@ class Lanes {
   template <class P>
   MK_FN void combine(const Tile& t, int l, const Kept& kept) const {
     using Number = typename P::Number;
-    Number* const w = block_of<P>(static_cast<Number*>(t.w), l);
+    Number* const w = this->template block_of<P>(static_cast<Number*>(t.w), l);
     T direction[Size::capacity];
-    directions_at<P>(t, l, true, direction);
+    this->template directions_at<P>(t, l, true, direction);
     for (int i = 0; i < elements(); i++) {
       T a = kept.square, b = kept.step;
       if constexpr (!P::in_lanes) {
@@ -389,21 +214,10 @@ class Lanes {
         b = spread(b, i, size);
       }
       // Looking ahead, a finite momentum may give an infinite direction, for a component that is out of range.
-      if (!is_steady<P>()) direction[i] = select(abs(direction[i]) <= T(Limits<R>::largest), direction[i], T(R(0)));
-      const int64_t at = weight_at<P>(i);
+      if (!this->template is_steady<P>())
+        direction[i] = select(abs(direction[i]) <= T(Limits<R>::largest), direction[i], T(R(0)));
+      const int64_t at = this->template weight_at<P>(i);
       put(w + at, fma(b, direction[i], a * T(load(w + at))));
-    }
-  }
-
-  template <class P>
-  MK_FN void store_lanes(void* weights, int l, const T* q) const {
-    typename P::Number* const w = block_of<P>(static_cast<typename P::Number*>(weights), l);
-    if constexpr (P::in_lanes) {
-      for (int e = 0; e < elements(); e++) put(w + weight_at<P>(e), q[e]);
-    } else {
-      T x[Size::capacity];
-      from_lanes(q, x, size);
-      for (int i = 0; i < elements(); i++) put(w + weight_at<P>(i), x[i]);
     }
   }
 
@@ -423,7 +237,7 @@ class Lanes {
   MK_FN bool retract(const Tile& t, int l, Mask<R> out, const Kept& kept) const {
     T y[Size::capacity];
     if (any(out | !retracted(kept.q, kept, is_uniform<P>() ? scale0 : kept.scale, y))) return false;
-    store_lanes<P>(t.w, l, y);
+    this->template store_lanes<P>(t.w, l, y);
     return true;
   }
   // The same for a block with long turns and components out of range, which keep their weight.
@@ -432,9 +246,9 @@ class Lanes {
     const int E = elements();
     const T scale = is_uniform<P>() ? scale0 : kept.scale;
     T x[Size::capacity], old[Size::capacity], q[Size::capacity];
-    const typename P::Number* const w = block_of<P>(static_cast<const typename P::Number*>(t.w), l);
-    for (int i = 0; i < E; i++) x[i] = load(w + weight_at<P>(i));
-    bring<P>(x, old);
+    const typename P::Number* const w = this->template block_of<P>(static_cast<const typename P::Number*>(t.w), l);
+    for (int i = 0; i < E; i++) x[i] = load(w + this->template weight_at<P>(i));
+    this->template bring<P>(x, old);
     for (int e = 0; e < E; e++) q[e] = kept.q[e];
     if constexpr (turns) {
       Map::retract_turn(q, kept.tangent, kept.step, kept.square, scale, size);
@@ -444,7 +258,7 @@ class Lanes {
       for (int e = 0; e < E; e++) q[e] = q[e] * scale;
     }
     for (int e = 0; e < E; e++) q[e] = select(out, old[e], q[e]);
-    store_lanes<P>(t.w, l, q);
+    this->template store_lanes<P>(t.w, l, q);
     return out;
   }
 
@@ -500,12 +314,6 @@ class Lanes {
     return t.count;
   }
 
-  void put_back(const Tile& t, bool first, bool second, const uint8_t* skip, Memory& memory) const {
-    if (!t.copied) return;
-    if (!first) copy<R, Size, true>(job, job.weight, false, t.k, t.count, size, skip, memory.w);
-    if (!second && momentum.buffered) copy<R, Size, true>(job, job.momentum, false, t.k, t.count, size, skip, memory.m);
-  }
-
   // The components of a tile that are out of range.
   __attribute__((noinline)) void step_out(const Pass& pass, const Tile& t, const uint8_t* skip, Work& work) const {
     const LaneOrder order = order_of(t);
@@ -548,16 +356,17 @@ class Lanes {
     const auto add = [&](auto place) { return add_squares<decltype(place)>(t, seen, work, any_out); };
     switch (body_of(pass)) {
       case Body::whole:
-        t.count = with_place<lag ? Body::whole : Body::general>(t, step);
+        t.count = this->template with_place<lag ? Body::whole : Body::general>(t, step);
         break;
       case Body::first:
-        t.count = with_place<has_passes ? Body::first : Body::general>(t, add);
+        t.count = this->template with_place<has_passes ? Body::first : Body::general>(t, add);
         break;
       case Body::second:
-        t.count = with_place<has_passes ? Body::second : Body::general>(t, step);
+        t.count = this->template with_place<has_passes ? Body::second : Body::general>(t, step);
         break;
       default:
-        t.count = first ? with_place<Body::general>(t, add) : with_place<Body::general>(t, step);
+        t.count = first ? this->template with_place<Body::general>(t, add)
+                        : this->template with_place<Body::general>(t, step);
     }
     put_back(t, first, second, skip, work.memory);
     if (any_out) step_out(pass, t, skip, work);
@@ -593,14 +402,8 @@ class Lanes {
 
  public:
   Lanes(const Job& job, Size size)
-      : job(job),
-        size(size),
-        width(width_of(elements())),
-        momentum(momentum_of<R>(job)),
+      : Base(job, size),
         step_size(step_size_of<R>(job)),
-        native(job.storage == storage_of<S>),
-        steady(momentum.buffer_is_direction() && !momentum.first && momentum.plain && native &&
-               momentum.one_minus_dampening == R(1)),
         uniform(job.scale_stride == 0),
         scale0(R(job.scales[0])),
         inverse0(T(R(1)) / scale0) {}

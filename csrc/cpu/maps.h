@@ -95,11 +95,6 @@ struct StiefelMap : ByTangent {
   static constexpr bool turns =
       Kind == Retraction::qr && !std::is_same<Size, Dynamic>::value && Size::capacity == Size::square_capacity;
 
-  // Of a turn; what was stored in 16 bits does not only turn.
-  template <class Size>
-  static constexpr int tangents(Size size) {
-    return Exact ? size.p * (size.p - 1) / 2 : size.p * size.p;
-  }
   template <class T, class Size>
   MK_FN static T turn(const T* w, const T* d, T inverse, T* tangent, Size size) {
     if constexpr (Exact) return stiefel::turn(w, d, inverse, tangent, size);
