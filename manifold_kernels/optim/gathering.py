@@ -87,8 +87,8 @@ class Gathering:
 def _together(shards: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """For each of ``parameters`` the whole of each of its ``shards``, which are cut as it is.
 
-    Those of one parameter travel together. Parameters follow each other: torch's gloo writes to memory that was given
-    back where several collectives are under way.
+    Those of one parameter travel together. Parameters follow each other: torch's gloo corrupts the heap now and then
+    where several collectives are under way.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
